@@ -1,0 +1,663 @@
+#!/usr/bin/env python3
+"""Real systemd hosts on one machine: boot, list and remove the hosts of a lab.
+
+    lab.py up CONFIG.json      boot what CONFIG describes (idempotent); prints {"changed": bool, "did": [...]}
+    lab.py down LAB_DIR...     remove these labs: processes, mounts, bridge, nftables table, cgroups, files
+    lab.py down --all STATE    remove every lab recorded below STATE
+
+Each host is `systemd-nspawn --boot` on an overlay over one shared base image. Everything that a lab creates
+is recorded below its folder (`STATE/labs/NAME`) before it is created, so `down` works after any interruption.
+
+CONFIG: {"name": str, "subnet": "10.87.1.0/24", "state": path, "hosts": {name: address}, "suite": str,
+         "packages": [str]}. The first address of the subnet is the bridge's. Must run as root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import ipaddress
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+REBOOT_EXIT_STATUS = 133  # systemd-nspawn under --keep-unit asks its caller to start it again
+BOOT_LIMIT_SECONDS = 120
+CACHE_PORT_IN_LAB = 3142
+IMAGE_VERSION = "1"
+SYSCTLS = {"net.ipv4.ip_forward": 1, "fs.inotify.max_user_instances": 1024, "fs.inotify.max_user_watches": 524288}
+
+
+class LabError(Exception):
+    """What went wrong, in one sentence for the person who typed the command."""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A lab's description, as recorded in `lab.json`."""
+
+    name: str
+    subnet: str
+    state: str
+    hosts: dict[str, str]
+    suite: str
+    packages: list[str]
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.state) / "labs" / self.name
+
+    @property
+    def network(self) -> ipaddress.IPv4Network:
+        return ipaddress.IPv4Network(self.subnet)
+
+    @property
+    def gateway(self) -> str:
+        return str(next(self.network.hosts()))
+
+    @property
+    def bridge(self) -> str:
+        """The bridge's interface name (at most 15 bytes), the same for the same lab in the same state folder."""
+        return "ek" + hashlib.sha256(f"{self.state}/{self.name}".encode()).hexdigest()[:8]
+
+    @property
+    def table(self) -> str:
+        return f"evenkeel_{self.bridge}"
+
+    def host_dir(self, host: str) -> Path:
+        return self.directory / "hosts" / host
+
+    def machine(self, host: str) -> str:
+        return f"{self.bridge}-{host}"
+
+
+# --- small helpers -----------------------------------------------------------------------------------------------
+
+
+def run(*argv: str, stdin: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command; a failure becomes a LabError with the command's own last words."""
+    done = subprocess.run(argv, input=stdin, text=True, capture_output=True, check=False)
+    if check and done.returncode:
+        words = (done.stderr or done.stdout).strip().splitlines()[-3:]
+        raise LabError(f"`{' '.join(argv)}` failed ({done.returncode}): {' / '.join(words)}")
+    return done
+
+
+def write(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write a file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.chmod(mode)
+    temporary.rename(path)
+
+
+def poll(limit_seconds: float, what: str, probe: Callable[[], bool]) -> None:
+    """Wait until `probe` is true; a LabError that names `what` when the limit passes."""
+    deadline = time.monotonic() + limit_seconds
+    while not probe():
+        if time.monotonic() > deadline:
+            raise LabError(f"waited {limit_seconds:.0f} s for {what}")
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock, so that two runs never build the same image or start the same daemon."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def process_start(pid: int) -> str | None:
+    """The start time of a process in clock ticks, which tells it from a later one with the same id; None when gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def record_process(path: Path, pid: int) -> None:
+    write(path, json.dumps({"pid": pid, "start": process_start(pid)}))
+
+
+def recorded_process(path: Path) -> int | None:
+    """The id of the process recorded at `path`, if that very process still runs."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    alive = process_start(record["pid"])
+    return record["pid"] if alive is not None and alive == record["start"] else None
+
+
+def children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def kill(pid: int | None, number: signal.Signals) -> None:
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def mounted(path: Path) -> bool:
+    return str(path) in {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+
+
+def systemd_is_init() -> bool:
+    return Path("/run/systemd/system").is_dir()
+
+
+# --- the machine's package settings, and the cache of downloaded packages ---------------------------------------------
+
+
+def apt_settings() -> dict[str, str]:
+    """The controller's own apt settings that its hosts need too (validity checks, proxies)."""
+    wanted = ("Acquire::Check-Valid-Until", "Acquire::Check-Date", "Acquire::http::Proxy", "Acquire::https::Proxy")
+    settings = {}
+    for line in run("apt-config", "dump").stdout.splitlines():
+        name, _, value = line.rstrip(";").partition(" ")
+        if name in wanted and value.strip('"'):
+            settings[name] = value.strip('"')
+    return settings
+
+
+def apt_sources() -> dict[Path, str]:
+    """The controller's package sources, by path."""
+    folder = Path("/etc/apt")
+    files = [folder / "sources.list", *sorted((folder / "sources.list.d").glob("*"))]
+    sources = {f: f.read_text() for f in files if f.suffix in {".list", ".sources"} and f.is_file()}
+    return {path: text for path, text in sources.items() if text.strip()}
+
+
+def package_cache_file(state: Path) -> Path:
+    return state / "apt-cache" / "daemon.json"
+
+
+def free_port(preferred: int | None) -> int:
+    """A free loopback port below 32768 (apt-cacher-ng cannot bind a higher one), the preferred one if it can be had."""
+    for port in [*([preferred] if preferred else []), *range(31420, 32768)]:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise LabError("no free port between 31420 and 32767 for the package cache")
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+def start_package_cache(state: Path) -> tuple[int, bool]:
+    """Run apt-cacher-ng for all labs of this state folder on a loopback port; returns (port, started now)."""
+    folder = state / "apt-cache"
+    port_file = folder / "port"
+    with locked(folder / "lock"):
+        preferred = int(port_file.read_text()) if port_file.exists() else None
+        daemon_id = recorded_process(package_cache_file(state))
+        if daemon_id is not None and preferred and listens(preferred):
+            return preferred, False
+        kill(daemon_id, signal.SIGKILL)
+        port = free_port(preferred)
+        upstream = apt_settings().get("Acquire::http::Proxy")
+        configuration = [
+            f"CacheDir: {folder}/packages",
+            f"LogDir: {folder}/log",
+            "SupportDir: /usr/lib/apt-cacher-ng",
+            "ReportPage:",
+            "BindAddress: 127.0.0.1",
+            f"Port: {port}",
+            f"SocketPath: {folder}/socket",
+            "ForeGround: 1",
+            "PassThroughPattern: .*",
+            "ExThreshold: 30",
+        ] + ([f"Proxy: {upstream}"] if upstream else [])
+        write(folder / "conf" / "acng.conf", "\n".join(configuration) + "\n")
+        for name in ("packages", "log"):
+            (folder / name).mkdir(exist_ok=True)
+        with (folder / "daemon.log").open("a") as log:
+            daemon = subprocess.Popen(
+                ["/usr/sbin/apt-cacher-ng", "-c", str(folder / "conf")],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/",
+            )  # fmt: skip
+        record_process(package_cache_file(state), daemon.pid)
+        poll(20, f"the package cache on port {port} (see {folder}/daemon.log)", lambda: listens(port))
+        write(port_file, str(port))
+        return port, True
+
+
+# --- the base image ------------------------------------------------------------------------------------------------
+
+
+def ca_certificates() -> list[Path]:
+    """Certificates that the controller trusts besides Debian's: its hosts must trust them too."""
+    return sorted(Path("/usr/local/share/ca-certificates").glob("**/*.crt"))
+
+
+def image_key(lab: Lab) -> str:
+    parts = [IMAGE_VERSION, lab.suite, *sorted(lab.packages), *apt_sources().values(), json.dumps(apt_settings())]
+    parts += [path.read_text() for path in ca_certificates()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def build_image(lab: Lab, cache_port: int) -> tuple[Path, bool]:
+    """Make the base image with mmdebstrap unless the one for these inputs is there; returns (root, built now)."""
+    images = Path(lab.state) / "images"
+    root = images / image_key(lab)
+    with locked(images / "lock"):
+        if root.is_dir():
+            return root, False
+        for leftover in images.glob("*.partial"):
+            shutil.rmtree(leftover)
+        partial = root.with_suffix(".partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        options = [f'{name} "{value}"' for name, value in apt_settings().items() if "Proxy" not in name]
+        options += [f'Acquire::http::Proxy "http://127.0.0.1:{cache_port}"', 'Acquire::Languages "none"']
+        sources = [str(path) for path in apt_sources()]
+        if not sources:
+            raise LabError("this machine has no package sources in /etc/apt: the lab installs its hosts from them")
+        run(
+            "mmdebstrap", "--variant=minbase", "--format=directory", "--quiet",
+            f"--include={','.join(lab.packages)}", *[f"--aptopt={option}" for option in options],
+            f"--customize-hook={hook()} \"$1\"", lab.suite, str(partial), *sources,
+        )  # fmt: skip
+        partial.rename(root)
+        return root, True
+
+
+def hook() -> str:
+    """The command that mmdebstrap runs on the unpacked root: this program."""
+    return f"{sys.executable} {Path(__file__).resolve()} image-hook"
+
+
+def finish_image(root: Path) -> None:
+    """Make an unpacked Debian a host: trust, network by systemd-networkd, empty identity, package settings."""
+    for path in ca_certificates():
+        shutil.copy(path, root / "usr/local/share/ca-certificates" / path.name)
+    run("chroot", str(root), "update-ca-certificates")
+    settings = [f'{name} "{value}";' for name, value in apt_settings().items() if "Proxy" not in name]
+    (root / "etc/apt/apt.conf.d/90lab").write_text("\n".join([*settings, 'Acquire::Languages "none";', ""]))
+    (root / "etc/machine-id").write_text("")
+    (root / "var/lib/dbus/machine-id").unlink(missing_ok=True)
+    for key in (root / "etc/ssh").glob("ssh_host_*"):
+        key.unlink()
+    (root / "etc/systemd/system/multi-user.target.wants").mkdir(parents=True, exist_ok=True)
+    run("chroot", str(root), "systemctl", "enable", "systemd-networkd.service", "ssh.service")
+    run("chroot", str(root), "systemctl", "mask", "systemd-networkd-wait-online.service", "getty.target",
+        "console-getty.service", "apt-daily.timer", "apt-daily-upgrade.timer")  # fmt: skip
+
+
+# --- network ---------------------------------------------------------------------------------------------------------
+
+
+def refuse_used_subnet(lab: Lab) -> None:
+    """Two labs, or a lab and the machine's own network, must not share addresses."""
+    for link in json.loads(run("ip", "-json", "-4", "address").stdout):
+        for address in link.get("addr_info", []):
+            used = ipaddress.IPv4Interface(f"{address['local']}/{address['prefixlen']}").network
+            if link["ifname"] != lab.bridge and used.overlaps(lab.network):
+                raise LabError(
+                    f"lab {lab.name}: subnet {lab.subnet} overlaps {used} of interface {link['ifname']}; another lab "
+                    f"or network uses it. Remove that lab (`make clean` in its checkout) or set another `lab_subnet`"
+                )
+
+
+def sysctl_path(name: str) -> Path:
+    return Path("/proc/sys") / name.replace(".", "/")
+
+
+def raise_sysctls(state: Path) -> None:
+    """Raise the kernel limits that many hosts need, and keep what was there before for the last `down`."""
+    file = state / "labs" / "sysctls.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    for name, wanted in SYSCTLS.items():
+        now = int(sysctl_path(name).read_text())
+        if now < wanted:
+            before.setdefault(name, now)
+            write(file, json.dumps(before))
+            sysctl_path(name).write_text(str(wanted))
+
+
+def restore_sysctls(state: Path) -> None:
+    file = state / "labs" / "sysctls.json"
+    if file.exists():
+        for name, value in json.loads(file.read_text()).items():
+            sysctl_path(name).write_text(str(value))
+        file.unlink()
+
+
+def raise_network(lab: Lab, cache_port: int) -> bool:
+    """Bridge, address, masquerade, and the package cache at the bridge's address; returns whether the bridge is new."""
+    created = not Path(f"/sys/class/net/{lab.bridge}").exists()
+    if created:
+        refuse_used_subnet(lab)
+        run("ip", "link", "add", lab.bridge, "type", "bridge")
+        run("ip", "address", "add", f"{lab.gateway}/{lab.network.prefixlen}", "dev", lab.bridge)
+        run("ip", "link", "set", lab.bridge, "up")
+    # lets the DNAT below reach a daemon that listens on loopback only
+    sysctl_path(f"net.ipv4.conf.{lab.bridge}.route_localnet").write_text("1")
+    rules = f"""
+        table ip {lab.table} {{}}
+        delete table ip {lab.table}
+        table ip {lab.table} {{
+            chain prerouting {{
+                type nat hook prerouting priority dstnat;
+                iifname "{lab.bridge}" ip daddr {lab.gateway} tcp dport {CACHE_PORT_IN_LAB} dnat to 127.0.0.1:{cache_port}
+            }}
+            chain postrouting {{
+                type nat hook postrouting priority srcnat;
+                ip saddr {lab.subnet} oifname != "{lab.bridge}" masquerade
+            }}
+            chain forward {{
+                type filter hook forward priority filter;
+                iifname "{lab.bridge}" accept
+                oifname "{lab.bridge}" accept
+            }}
+        }}"""
+    run("nft", "-f", "-", stdin=rules)
+    return created
+
+
+# --- hosts ---------------------------------------------------------------------------------------------------------
+
+
+def cgroup_dirs(machine: str) -> list[Path]:
+    """Where this host's control groups go when nobody (no systemd as PID 1) makes them for us."""
+    top = Path("/sys/fs/cgroup")
+    hierarchies = [top / "systemd", top / "unified"] if (top / "systemd").is_dir() else [top]
+    return [hierarchy / "evenkeel" / machine for hierarchy in hierarchies if hierarchy.is_dir()]
+
+
+def unit_name(machine: str) -> str:
+    return f"evenkeel-{machine}.service"
+
+
+def leader(lab: Lab, host: str) -> int | None:
+    """The host's PID 1 as the controller sees it."""
+    if systemd_is_init():
+        shown = run("systemctl", "show", "--property=MainPID", "--value", unit_name(lab.machine(host)), check=False)
+        nspawn = int(shown.stdout.strip() or 0) or None
+    else:
+        supervisor = recorded_process(lab.host_dir(host) / "supervisor.json")
+        nspawn = next(iter(children(supervisor)), None) if supervisor else None
+    return next(iter(children(nspawn)), None) if nspawn else None
+
+
+def prepare_root(lab: Lab, host: str, image: Path) -> Path:
+    """Mount the host's overlay and write its identity: address, host key, authorized key, package cache."""
+    folder = lab.host_dir(host)
+    root = folder / "root"
+    for name in ("root", "upper", "work"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    if not mounted(root):
+        options = f"lowerdir={image},upperdir={folder}/upper,workdir={folder}/work"
+        run("mount", "-t", "overlay", "overlay", "-o", options, str(root))
+    write(root / "etc/systemd/network/10-lab.network", "\n".join([
+        "[Match]", "Name=host0", "[Network]", f"Address={lab.hosts[host]}/{lab.network.prefixlen}",
+        f"Gateway={lab.gateway}", "LinkLocalAddressing=no", "",
+    ]))  # fmt: skip
+    write(root / "etc/hostname", host + "\n")
+    write(root / "etc/hosts", f"127.0.0.1 localhost\n::1 localhost\n{lab.hosts[host]} {host}\n")
+    proxy = f'Acquire::http::Proxy "http://{lab.gateway}:{CACHE_PORT_IN_LAB}";\n'
+    write(root / "etc/apt/apt.conf.d/91lab-cache", proxy)
+    key = folder / "ssh_host_ed25519_key"
+    for name, mode in ((key.name, 0o600), (f"{key.name}.pub", 0o644)):
+        write(root / "etc/ssh" / name, (folder / name).read_text(), mode)
+    (root / "root/.ssh").mkdir(mode=0o700, exist_ok=True)
+    write(root / "root/.ssh/authorized_keys", (lab.directory / "id_ed25519.pub").read_text(), 0o600)
+    return root
+
+
+def nspawn_command(lab: Lab, host: str) -> list[str]:
+    return [
+        "systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "--console=pipe",
+        f"--directory={lab.host_dir(host) / 'root'}", f"--machine={lab.machine(host)}", f"--hostname={host}",
+        f"--network-bridge={lab.bridge}", "--resolv-conf=copy-host", "--link-journal=no", "--timezone=off",
+    ]  # fmt: skip
+
+
+def boot(lab: Lab, host: str) -> None:
+    """Start the host's supervisor; it outlives this program."""
+    if systemd_is_init():
+        run(
+            "systemd-run", "--quiet", "--collect", f"--unit={unit_name(lab.machine(host))}", "-p", "Delegate=yes",
+            "-p", "KillMode=mixed", "-p", "Restart=no", "-p", f"RestartForceExitStatus={REBOOT_EXIT_STATUS}",
+            "-p", f"SuccessExitStatus={REBOOT_EXIT_STATUS}", "-p", "TasksMax=infinity", *nspawn_command(lab, host),
+        )  # fmt: skip
+        return
+    with (lab.host_dir(host) / "console.log").open("a") as log:
+        supervisor = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), "supervise", str(lab.directory), host],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/",
+        )  # fmt: skip
+    record_process(lab.host_dir(host) / "supervisor.json", supervisor.pid)
+
+
+def supervise(directory: Path, host: str) -> int:
+    """Keep one host running: its own control groups, and a new start after each reboot. Runs until the host is off."""
+    lab = load(directory)
+    record_process(lab.host_dir(host) / "supervisor.json", os.getpid())
+    for group in cgroup_dirs(lab.machine(host)):
+        group.mkdir(parents=True, exist_ok=True)
+
+    def enter_groups() -> None:
+        for group in cgroup_dirs(lab.machine(host)):
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    status = REBOOT_EXIT_STATUS
+    while status == REBOOT_EXIT_STATUS:
+        # preexec_fn is safe here: this process has one thread
+        status = subprocess.run(nspawn_command(lab, host), check=False, preexec_fn=enter_groups).returncode  # noqa: PLW1509
+    return status
+
+
+def answers_ssh(address: str) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((address, 22), timeout=1) as connection:
+        connection.settimeout(2)
+        return connection.recv(4) == b"SSH-"
+    return False
+
+
+def settled(lab: Lab, host: str) -> bool:
+    """Whether the host's systemd has finished booting (`running` or `degraded`), asked inside the host."""
+    pid = leader(lab, host)
+    if pid is None:
+        return False
+    asked = run("nsenter", f"--target={pid}", "--mount", "--uts", "--ipc", "--net", "--pid", "--",
+                "systemctl", "is-system-running", check=False)  # fmt: skip
+    return asked.stdout.strip() in {"running", "degraded"}
+
+
+def power_off(lab: Lab, host: str) -> None:
+    """Cut a host's power (SIGKILL of its PID 1) and release what it held: process, overlay, control groups."""
+    machine = lab.machine(host)
+    supervisor = recorded_process(lab.host_dir(host) / "supervisor.json")
+    kill(leader(lab, host), signal.SIGKILL)
+    if systemd_is_init():
+        run("systemctl", "stop", unit_name(machine), check=False)
+    elif supervisor is not None:
+        deadline = time.monotonic() + 10
+        while process_start(supervisor) is not None and time.monotonic() < deadline:
+            kill(leader(lab, host), signal.SIGKILL)  # a host that was just rebooting has a new PID 1
+            time.sleep(0.1)
+        for pid in [*children(supervisor), supervisor]:
+            kill(pid, signal.SIGKILL)
+    root = lab.host_dir(host) / "root"
+    deadline = time.monotonic() + 20
+    while mounted(root) and run("umount", "--recursive", str(root), check=False).returncode:
+        if time.monotonic() > deadline:
+            raise LabError(f"cannot unmount {root}: something on this machine still uses it (`fuser -vm {root}`)")
+        time.sleep(0.2)
+    for group in cgroup_dirs(machine):
+        for folder in sorted((p for p in group.rglob("*") if p.is_dir()), reverse=True) if group.exists() else []:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        for folder in (group, group.parent):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+# --- keys and the operator's ssh configuration ---------------------------------------------------------------------
+
+
+def make_key(path: Path, comment: str) -> None:
+    if not path.exists() or not path.with_suffix(".pub").exists():
+        path.unlink(missing_ok=True)
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(path))
+
+
+def write_ssh_files(lab: Lab) -> None:
+    """Keys, known hosts and an ssh configuration of the lab's own: `ssh -F STATE/labs/NAME/ssh_config HOST`."""
+    make_key(lab.directory / "id_ed25519", f"lab-{lab.name}")
+    known, config = [], []
+    for host, address in lab.hosts.items():
+        lab.host_dir(host).mkdir(parents=True, exist_ok=True)
+        make_key(lab.host_dir(host) / "ssh_host_ed25519_key", host)
+        public = (lab.host_dir(host) / "ssh_host_ed25519_key.pub").read_text().split()
+        known.append(f"{host},{address} {public[0]} {public[1]}\n")
+        config.append(f"Host {host} {address}\n  HostName {address}\n")
+    config.append("\n".join([
+        "Host *", "  User root", f'  IdentityFile "{lab.directory}/id_ed25519"', "  IdentitiesOnly yes",
+        f'  UserKnownHostsFile "{lab.directory}/known_hosts"', "  StrictHostKeyChecking yes", "  LogLevel ERROR", "",
+    ]))  # fmt: skip
+    write(lab.directory / "known_hosts", "".join(known))
+    write(lab.directory / "ssh_config", "".join(config))
+    owner = Path(lab.state).stat()
+    for path in [lab.directory, *lab.directory.glob("*")]:
+        os.chown(path, owner.st_uid, owner.st_gid)
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def load(directory: Path) -> Lab:
+    return Lab(**json.loads((directory / "lab.json").read_text()))
+
+
+def check(lab: Lab) -> None:
+    """Refuse a description that cannot work, before anything is made."""
+    taken: dict[str, str] = {}
+    for host, address in lab.hosts.items():
+        if ipaddress.IPv4Address(address) not in lab.network or address == lab.gateway:
+            raise LabError(f"lab {lab.name}: address {address} of {host} is not a host address of {lab.subnet} "
+                           f"({lab.gateway} is the bridge's)")  # fmt: skip
+        if address in taken:
+            raise LabError(f"lab {lab.name}: {taken[address]} and {host} both have address {address}")
+        taken[address] = host
+    if not lab.hosts:
+        raise LabError(f"lab {lab.name}: no hosts")
+    if len(str(lab.directory)) > 200:
+        raise LabError(f"the state folder's path is too long: {lab.state}")
+
+
+def up(lab: Lab) -> list[str]:
+    """Bring the lab to what its description says; returns what was done."""
+    check(lab)
+    did: list[str] = []
+    state = Path(lab.state)
+    known = load(lab.directory) if (lab.directory / "lab.json").exists() else None
+    if known is not None and known.subnet != lab.subnet:
+        down(lab.directory)
+        did.append(f"removed the lab on {known.subnet}")
+        known = None
+    write(lab.directory / "lab.json", json.dumps(asdict(lab), indent=2))
+    for host in set(known.hosts if known else {}) - set(lab.hosts):
+        power_off(known or lab, host)
+        shutil.rmtree(lab.host_dir(host), ignore_errors=True)
+        did.append(f"removed {host}")
+    raise_sysctls(state)
+    port, started = start_package_cache(state)
+    did += [f"started the package cache on port {port}"] if started else []
+    image, built = build_image(lab, port)
+    did += [f"built base image {image.name}"] if built else []
+    did += [f"created bridge {lab.bridge}"] if raise_network(lab, port) else []
+    write_ssh_files(lab)
+    booted = []
+    for host in lab.hosts:
+        if leader(lab, host) is None:
+            power_off(lab, host)
+            prepare_root(lab, host, image)
+            boot(lab, host)
+            booted.append(host)
+    for host, address in lab.hosts.items():
+        log = lab.host_dir(host) / "console.log"
+        poll(BOOT_LIMIT_SECONDS, f"{host} to boot (see {log})", lambda h=host: settled(lab, h))  # type: ignore[misc]
+        poll(BOOT_LIMIT_SECONDS, f"ssh on {host} ({address})", lambda a=address: answers_ssh(a))  # type: ignore[misc]
+    return did + [f"booted {host}" for host in booted]
+
+
+def down(directory: Path) -> list[str]:
+    """Remove a lab by what it recorded."""
+    if not (directory / "lab.json").exists():
+        return []
+    lab = load(directory)
+    folders = [path.name for path in (directory / "hosts").glob("*")]
+    for host in sorted({*lab.hosts, *folders}):
+        power_off(lab, host)
+    if Path(f"/sys/class/net/{lab.bridge}").exists():
+        run("ip", "link", "delete", lab.bridge)
+    run("nft", "delete", "table", "ip", lab.table, check=False)
+    shutil.rmtree(directory)
+    state = Path(lab.state)
+    if not list((state / "labs").glob("*/lab.json")):
+        with locked(state / "apt-cache" / "lock"):
+            kill(recorded_process(package_cache_file(state)), signal.SIGTERM)
+            package_cache_file(state).unlink(missing_ok=True)
+        restore_sysctls(state)
+    return [f"removed lab {lab.name}"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("up", help="boot a lab").add_argument("config", type=Path)
+    removal = commands.add_parser("down", help="remove labs")
+    removal.add_argument("--all", type=Path, metavar="STATE", help="every lab recorded below STATE")
+    removal.add_argument("directories", type=Path, nargs="*")
+    commands.add_parser("image-hook").add_argument("root", type=Path)
+    supervision = commands.add_parser("supervise")
+    supervision.add_argument("directory", type=Path)
+    supervision.add_argument("host")
+    options = parser.parse_args()
+    result: dict[str, Any] = {}
+    try:
+        if os.geteuid() != 0:
+            raise LabError("the lab boots hosts, so it must run as root: use sudo")
+        if options.command == "supervise":
+            return supervise(options.directory, options.host)
+        if options.command == "image-hook":
+            finish_image(options.root)
+            return 0
+        if options.command == "up":
+            did = up(Lab(**json.loads(options.config.read_text())))
+        else:
+            recorded = sorted(path.parent for path in (options.all / "labs").glob("*/lab.json")) if options.all else []
+            did = [line for folder in [*options.directories, *recorded] for line in down(folder)]
+        result = {"changed": bool(did), "did": did}
+    except LabError as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
