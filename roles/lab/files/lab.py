@@ -35,7 +35,7 @@ from typing import Any
 REBOOT_EXIT_STATUS = 133  # systemd-nspawn under --keep-unit asks its caller to start it again
 BOOT_LIMIT_SECONDS = 120
 CACHE_PORT_IN_LAB = 3142
-IMAGE_VERSION = "1"
+IMAGE_VERSION = "2"
 SYSCTLS = {"net.ipv4.ip_forward": 1, "fs.inotify.max_user_instances": 1024, "fs.inotify.max_user_watches": 524288}
 
 
@@ -265,8 +265,9 @@ def build_image(lab: Lab, cache_port: int) -> tuple[Path, bool]:
     with locked(images / "lock"):
         if root.is_dir():
             return root, False
-        for leftover in images.glob("*.partial"):
-            shutil.rmtree(leftover)
+        mounts = Path("/proc/self/mountinfo").read_text()
+        for old in (path for path in images.glob("*") if path.is_dir() and f"{path}," not in mounts):
+            shutil.rmtree(old)
         partial = root.with_suffix(".partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
         options = [f'{name} "{value}"' for name, value in apt_settings().items() if "Proxy" not in name]
@@ -295,6 +296,7 @@ def finish_image(root: Path) -> None:
     run("chroot", str(root), "update-ca-certificates")
     settings = [f'{name} "{value}";' for name, value in apt_settings().items() if "Proxy" not in name]
     (root / "etc/apt/apt.conf.d/90lab").write_text("\n".join([*settings, 'Acquire::Languages "none";', ""]))
+    (root / "etc/apt/apt.conf.d/99mmdebstrap").unlink(missing_ok=True)  # names the cache's address during the build
     (root / "etc/machine-id").write_text("")
     (root / "var/lib/dbus/machine-id").unlink(missing_ok=True)
     for key in (root / "etc/ssh").glob("ssh_host_*"):
@@ -616,6 +618,7 @@ def down(directory: Path) -> list[str]:
         run("ip", "link", "delete", lab.bridge)
     run("nft", "delete", "table", "ip", lab.table, check=False)
     shutil.rmtree(directory)
+    directory.with_suffix(".json").unlink(missing_ok=True)
     state = Path(lab.state)
     if not list((state / "labs").glob("*/lab.json")):
         with locked(state / "apt-cache" / "lock"):

@@ -1,0 +1,56 @@
+# Two commands: `make demo` and `make test`. Everything else is a part of them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+
+export EVENKEEL_STATE ?= $(HOME)/.local/state/evenkeel
+export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
+export ANSIBLE_FORCE_COLOR ?= $(if $(CI),0,$(shell test -t 1 && echo 1 || echo 0))
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+INVENTORY ?= inventories/demo
+
+help: ## list these commands
+	@echo "Evenkeel: deploy and keep alive a web platform on plain Debian hosts. State folder: $(EVENKEEL_STATE)"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+setup: .venv/.ready ## install what the controller needs into .venv (Python packages, pinned with hashes)
+
+.venv/.ready: requirements.lock
+	@command -v python3 >/dev/null || { echo "python3 (3.11 or newer) is missing: apt-get install python3 python3-venv"; exit 1; }
+	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python3 is $$(python3 -V): 3.11 or newer is needed"; exit 1; }
+	if ! python3 -c 'import ensurepip' 2>/dev/null; then
+	  echo "Installing python3-venv (Debian package) ..."
+	  $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends python3-venv
+	fi
+	echo "Installing $$(grep -c '^[a-z]' requirements.lock) pinned Python packages into .venv (ansible, molecule, linters; about a minute) ..."
+	python3 -m venv --clear .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
+	touch $@
+
+demo: setup ## boot a real systemd host, converge a whole platform on it, deploy a release, verify it
+	@bin/demo
+
+lab: setup ## boot the hosts of INVENTORY (default inventories/demo)
+	@ansible-playbook -i $(INVENTORY) playbooks/lab.yml
+
+lab-down: setup ## remove the hosts of INVENTORY
+	@ansible-playbook -i $(INVENTORY) playbooks/lab.yml -e lab_state=absent
+
+test: setup ## everything CI runs: lint, unit tests, the application's tests, the lab scenarios
+	@bin/test
+
+lint: setup ## ansible-lint (production), yamllint, ruff, mypy
+	@bin/lint
+
+unit: setup ## the fast tests that need no host
+	@python -m pytest tests/unit
+
+lock: setup ## resolve requirements.lock again from pyproject.toml
+	@uv pip compile --quiet --universal --python-version 3.11 --group dev --generate-hashes --no-emit-index-url --no-header pyproject.toml --output-file requirements.lock
+
+clean: ## stop and remove every lab host (processes, mounts, bridges, nft rules); keeps secrets, releases and caches
+	@$(SUDO) python3 roles/lab/files/lab.py down --all "$(EVENKEEL_STATE)"
+
+.PHONY: help setup demo lab lab-down test lint unit lock clean
