@@ -1,0 +1,150 @@
+"""Filters that compute, from an inventory's groups, what several roles must agree on: who is where, on which port."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+try:
+    from ansible.errors import AnsibleFilterError
+except ImportError:  # imported by a tool that has no Ansible
+
+    class AnsibleFilterError(Exception):  # type: ignore[no-redef]
+        """Stands in for Ansible's error class."""
+
+
+#: Groups that a platform cannot do without, and what each is for.
+GROUPS = {
+    "etcd": "the quorum store that decides which PostgreSQL member is primary",
+    "postgresql_core": "the members of PostgreSQL cluster core",
+    "postgresql_plugins": "the members of PostgreSQL cluster plugins",
+    "redis": "the message broker",
+    "web": "the web processes",
+    "worker": "the worker processes",
+    "proxy": "the reverse proxy that users reach",
+}
+
+#: TCP ports by service. `postgresql-<cluster>-rest` is Patroni's API; all but `proxy-http` speak TLS.
+PORTS = {
+    "etcd": 2379,
+    "etcd-peer": 2380,
+    "etcd-metrics": 2381,
+    "postgresql-core": 5432,
+    "postgresql-plugins": 5433,
+    "postgresql-core-rest": 8008,
+    "postgresql-plugins-rest": 8009,
+    "redis": 6379,
+    "object-storage": 9000,
+    "proxy": 443,
+    "proxy-http": 80,
+}
+
+CLUSTERS = ("core", "plugins")
+
+
+def topology(
+    groups: Mapping[str, Sequence[str]], addresses: Mapping[str, str], ports: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """Who is where.
+
+    groups: the inventory's groups (host names). addresses: IP address of each host. ports: TCP ports that differ from `PORTS`.
+
+    Returns {addresses, ports, etcd, postgresql: {cluster: …}, redis, object_storage, web, worker, proxy}; each service is
+    {members: [{name, address}], port} (PostgreSQL also rest_port). Raises AnsibleFilterError with one sentence for a group that is
+    missing or empty, a host without an address, an address used twice, and an unknown service in `ports`.
+    """
+    unknown = sorted(set(ports or {}) - set(PORTS))
+    if unknown:
+        raise AnsibleFilterError(f"topology_ports names unknown services: {', '.join(unknown)}. Known are: {', '.join(PORTS)}")
+    for group, purpose in GROUPS.items():
+        if not groups.get(group):
+            raise AnsibleFilterError(
+                f"inventory group '{group}' ({purpose}) has no host: add at least one under 'children: {group}: hosts:' in the inventory"
+            )
+    owner: dict[str, str] = {}
+    for host in groups["all"]:
+        address = addresses.get(host)
+        if not address:
+            raise AnsibleFilterError(f"host '{host}' has no address: set 'ansible_host: <IP address>' for it in the inventory")
+        if address in owner:
+            raise AnsibleFilterError(f"hosts '{owner[address]}' and '{host}' have the same address {address} in the inventory")
+        owner[address] = host
+    port = {**PORTS, **(ports or {})}
+
+    def members(group: str) -> list[dict[str, str]]:
+        return [{"name": host, "address": addresses[host]} for host in groups.get(group, [])]
+
+    return {
+        "addresses": {host: addresses[host] for host in groups["all"]},
+        "ports": port,
+        "etcd": {"members": members("etcd"), "port": port["etcd"]},
+        "postgresql": {
+            cluster: {
+                "members": members(f"postgresql_{cluster}"),
+                "port": port[f"postgresql-{cluster}"],
+                "rest_port": port[f"postgresql-{cluster}-rest"],
+            }
+            for cluster in CLUSTERS
+        },
+        "redis": {"members": members("redis"), "port": port["redis"]},
+        "object_storage": {"members": members("object_storage"), "port": port["object-storage"]},
+        "web": {"members": members("web")},
+        "worker": {"members": members("worker")},
+        "proxy": {"members": members("proxy"), "port": port["proxy"]},
+    }
+
+
+def libpq_url(service: Mapping[str, Any], user: str, database: str, ca_file: str) -> str:
+    """A libpq connection URL without password that names every member and asks for the primary, over verified TLS."""
+    hosts = ",".join(f"{member['name']}:{service['port']}" for member in service["members"])
+    return (
+        f"postgresql://{user}@{hosts}/{database}?target_session_attrs=read-write&sslmode=verify-full&sslrootcert={ca_file}"
+    )
+
+
+def endpoints(topo: Mapping[str, Any], app: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """Every listening endpoint of the platform: [{host, service, port}], infrastructure first, then the application's web processes.
+
+    Raises AnsibleFilterError when two services would listen on one port of one host.
+    """
+    of_group = {
+        "etcd": ["etcd", "etcd-peer", "etcd-metrics"],
+        "redis": ["redis"],
+        "object_storage": ["object-storage"],
+        "proxy": ["proxy", "proxy-http"],
+        **{f"postgresql_{cluster}": [f"postgresql-{cluster}", f"postgresql-{cluster}-rest"] for cluster in CLUSTERS},
+    }
+    table = [
+        {"host": host, "service": service, "port": int(topo["ports"][service])}
+        for group, services in of_group.items()
+        for host in groups.get(group, [])
+        for service in services
+    ]
+    table += [
+        {"host": host, "service": f"{app['name']}-{name}", "port": int(process["port"])}
+        for name, process in app["processes"].items()
+        if process.get("port")
+        for host in groups.get(process["hosts"], [])
+    ]
+    taken: dict[tuple[str, int], str] = {}
+    for row in table:
+        place = (row["host"], row["port"])
+        if place in taken:
+            raise AnsibleFilterError(
+                f"port conflict on host '{row['host']}': {taken[place]} and {row['service']} both want TCP port {row['port']}. "
+                f"Change one in topology_ports or in app.processes.<name>.port"
+            )
+        taken[place] = row["service"]
+    return table
+
+
+def empty_secrets(secrets: Mapping[str, Any]) -> list[str]:
+    """The names of secrets that have no value."""
+    return sorted(name for name, value in secrets.items() if not str(value or "").strip())
+
+
+class FilterModule:
+    """Filters of the platform's topology."""
+
+    def filters(self) -> dict[str, Any]:
+        return {"topology": topology, "libpq_url": libpq_url, "endpoints": endpoints, "empty_secrets": empty_secrets}
