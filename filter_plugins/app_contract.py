@@ -1,0 +1,530 @@
+"""The app contract: what an application tells the suite about itself.
+
+``app | app_contract(groups)`` checks the dictionary ``app`` of the inventory and returns it complete: defaults filled
+in, names of users, paths and units derived, hosts resolved. Whatever is wrong ends in one sentence that begins with the
+path of the value (``app.processes.web.comand: unknown name, did you mean command?``), before anything has changed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+
+class ContractError(ValueError):
+    """The contract cannot be used; the message names the path of the value and what to do."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A string that is not empty."""
+
+    pattern: str = ""
+    means: str = "a text"
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Number:
+    """A whole number within bounds."""
+
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Flag:
+    """True or false."""
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """The value of an environment variable."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list; `single` says that one value may be written without brackets."""
+
+    of: Kind
+    least: int = 0
+    single: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A dictionary with free keys."""
+
+    of: Kind
+    key: str = r"[a-z][a-z0-9-]*"
+    key_means: str = "small letters, digits and dashes, beginning with a letter"
+    least: int = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """A dictionary with known names."""
+
+    fields: Mapping[str, Field]
+
+
+Kind = Text | Number | Flag | Scalar | Items | Table | Record
+
+
+@dataclass(frozen=True)
+class Field:
+    """One known name of a record. A field without `required` and without `default` is left out when not given."""
+
+    kind: Kind
+    required: bool = False
+    default: Callable[[], Any] | None = field(default=None)
+
+
+VARIABLE = Table(Scalar(), r"[A-Za-z_][A-Za-z0-9_]*", "letters, digits and underscores")
+ABSOLUTE = Text(r"/(?!.*(?:^|/)\.\.(?:/|$))[^\s\"'\\%$]*", "an absolute path without spaces, quotes, '$', '%' or '..'")
+URL_PATH = Text(r"/[^\s]*", "a path that begins with '/'")
+WORDS = Items(Text())
+COMMAND = Items(Scalar(), least=1)
+STATUS = Number(100, 599)
+PORT = Number(1, 65535)
+SECONDS = Number(1, 7 * 86400)
+
+HEALTH = Record(
+    {
+        "http": Field(
+            Record(
+                {
+                    "path": Field(URL_PATH, required=True),
+                    "port": Field(PORT),
+                    "status": Field(STATUS, default=lambda: 200),
+                    "contains": Field(Text()),
+                    "bearer": Field(Text()),
+                    "host": Field(Text(r"[^\s]+", "a host name")),
+                }
+            )
+        ),
+        "command": Field(COMMAND),
+    }
+)
+
+PROCESS = Record(
+    {
+        "kind": Field(Text(choices=("web", "worker", "service", "timer")), required=True),
+        "hosts": Field(Text(), required=True),
+        "command": Field(COMMAND, required=True),
+        "after": Field(WORDS, default=list),
+        "packages": Field(WORDS, default=list),
+        "notify": Field(Flag(), default=lambda: False),
+        "start_period_seconds": Field(Number(0, 3600)),
+        "health": Field(HEALTH),
+        "port": Field(PORT),
+        "path": Field(URL_PATH),
+        "queue": Field(Text(r"[^\s]+", "a name without spaces")),
+        "task_time_limit_seconds": Field(SECONDS),
+        "on_calendar": Field(Text()),
+    }
+)
+
+STEP = Record(
+    {
+        "name": Field(Text(r"[0-9]{2}-[a-z0-9-]+", "two digits, a dash and a word, as in 10-web"), required=True),
+        "environment": Field(Table(Text(), VARIABLE.key, VARIABLE.key_means), default=dict),
+        "directories": Field(
+            Items(
+                Record(
+                    {
+                        "path": Field(ABSOLUTE, required=True),
+                        "mode": Field(Text(r"0[0-7]{3}", "four octal digits in quotes"), default=lambda: "0750"),
+                    }
+                )
+            ),
+            default=list,
+        ),
+        "writable": Field(Items(ABSOLUTE), default=list),
+        "command": Field(COMMAND),
+    }
+)
+
+CHECK = Record(
+    {
+        "name": Field(Text(), required=True),
+        "path": Field(URL_PATH, required=True),
+        "method": Field(Text(choices=("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")), default=lambda: "GET"),
+        "status": Field(STATUS, default=lambda: 200),
+        "bearer": Field(Text()),
+        "contains": Field(Items(Text(), single=True), default=list),
+    }
+)
+
+APP = Record(
+    {
+        # A Debian user name, a directory and the prefix of unit names at once.
+        "name": Field(Text(r"[a-z][a-z0-9-]{0,30}", "small letters, digits and dashes, at most 31"), required=True),
+        "install": Field(
+            Record({"project": Field(Text(), required=True), "lock": Field(Text(), required=True)}), required=True
+        ),
+        "packages": Field(WORDS, default=list),
+        "environment": Field(VARIABLE, default=dict),
+        "secrets": Field(VARIABLE, default=dict),
+        "databases": Field(Table(Record({"name": Field(Text(), required=True)})), default=dict),
+        "processes": Field(Table(PROCESS, least=1), required=True),
+        "bootstrap": Field(Table(Items(STEP)), default=dict),
+        "migrations": Field(
+            Record({"django": Field(WORDS, default=list), "settings": Field(Text())}), default=lambda: {"django": []}
+        ),
+        "checks": Field(Items(CHECK), default=list),
+    }
+)
+
+# Names that only some kinds of process may carry, and those that they must carry.
+ONLY_FOR = {
+    "port": ("web", "service"),
+    "path": ("web",),
+    "queue": ("worker",),
+    "task_time_limit_seconds": ("worker", "timer"),
+    "on_calendar": ("timer",),
+}
+REQUIRED_FOR = {"web": ("port", "health"), "worker": ("task_time_limit_seconds",), "timer": ("on_calendar",)}
+START_PERIOD_SECONDS = {"web": 30}  # H1; every other kind 10
+WORKER_GRACE_SECONDS = 30  # P3: a worker may finish its longest task, and needs a little to say goodbye
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``did you mean X?`` when one of `known` is near, else the list of what is known."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"known are: {', '.join(names)}" if names else "none is known"
+
+
+def _kind_of(value: object) -> str:
+    """What a person would call the kind of a value in YAML."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, str):
+        return "a text"
+    if isinstance(value, int):
+        return "a number"
+    if isinstance(value, float):
+        return "a number with a fraction"
+    if isinstance(value, Mapping):
+        return "a dictionary"
+    if isinstance(value, Sequence):
+        return "a list"
+    return type(value).__name__
+
+
+def _wrong(path: str, expected: str, value: object) -> ContractError:
+    return ContractError(f"{path}: must be {expected}, but is {_kind_of(value)}")
+
+
+def _text(value: Any, kind: Text, path: str) -> str:
+    if not isinstance(value, str):
+        hint = " (write it in quotes)" if isinstance(value, bool | int | float) else ""
+        raise ContractError(f"{path}: must be {kind.means}, but is {_kind_of(value)}{hint}")
+    text = str(value)
+    if not text.strip():
+        raise ContractError(f"{path}: is empty")
+    if kind.choices and text not in kind.choices:
+        raise ContractError(f'{path}: "{text}" is not one of {", ".join(kind.choices)}')
+    if kind.pattern and not re.fullmatch(kind.pattern, text):
+        raise ContractError(f'{path}: must be {kind.means}, but is "{text}"')
+    return text
+
+
+def _number(value: Any, kind: Number, path: str) -> int:
+    if isinstance(value, str) and re.fullmatch(r"[0-9]+", value):
+        value = int(value)  # a template such as "{{ web_port }}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _wrong(path, "a whole number", value)
+    if not kind.least <= value <= kind.most:
+        raise ContractError(f"{path}: must be between {kind.least} and {kind.most}, but is {value}")
+    return int(value)
+
+
+def _scalar(value: Any, path: str) -> str:
+    if isinstance(value, bool):
+        raise ContractError(f'{path}: must be a text; write "true" or "false" in quotes')
+    if value is None or (isinstance(value, str) and value == ""):
+        raise ContractError(f"{path}: is empty; give it a value or remove it")
+    if not isinstance(value, str | int | float):
+        raise _wrong(path, "a text", value)
+    if "\0" in str(value):
+        raise ContractError(f"{path}: contains a NUL character, which no environment variable can hold")
+    return str(value)
+
+
+def _table(value: Any, kind: Table, path: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _wrong(path, "a dictionary", value)
+    if len(value) < kind.least:
+        raise ContractError(f"{path}: is empty; at least {kind.least} is needed")
+    for key in value:
+        if not isinstance(key, str) or not re.fullmatch(kind.key, key):
+            raise ContractError(f'{path}: the name "{key}" is not possible; use {kind.key_means}')
+    return {str(key): _read(value[key], kind.of, f"{path}.{key}") for key in value}
+
+
+def _record(value: Any, kind: Record, path: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _wrong(path, "a dictionary", value)
+    for name in value:
+        if name not in kind.fields:
+            raise ContractError(f"{path}.{name}: unknown name, {did_you_mean(str(name), kind.fields)}")
+    result: dict[str, Any] = {}
+    for name, entry in kind.fields.items():
+        if name in value:
+            result[name] = _read(value[name], entry.kind, f"{path}.{name}")
+        elif entry.required:
+            raise ContractError(f"{path}.{name}: is missing")
+        elif entry.default is not None:
+            result[name] = entry.default()
+    return result
+
+
+def _items(value: Any, kind: Items, path: str) -> list[Any]:
+    if kind.single and isinstance(value, str):
+        value = [value]
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        hint = f"; write [{', '.join(value.split())}]" if isinstance(value, str) and value.split() else ""
+        raise ContractError(f"{path}: must be a list, but is {_kind_of(value)}{hint}")
+    if len(value) < kind.least:
+        raise ContractError(f"{path}: is empty")
+    result = []
+    for number, item in enumerate(value):
+        # A step or a check is easier to find by its name than by its number.
+        label = item.get("name") if isinstance(item, Mapping) else None
+        place = f"{path}.{label}" if isinstance(label, str) and label else f"{path}[{number}]"
+        result.append(_read(item, kind.of, place))
+    return result
+
+
+def _read(value: Any, kind: Kind, path: str) -> Any:
+    """Check one value and return it as plain data."""
+    match kind:
+        case Text():
+            return _text(value, kind, path)
+        case Number():
+            return _number(value, kind, path)
+        case Flag():
+            if not isinstance(value, bool):
+                raise _wrong(path, "true or false", value)
+            return bool(value)
+        case Scalar():
+            return _scalar(value, path)
+        case Items():
+            return _items(value, kind, path)
+        case Table():
+            return _table(value, kind, path)
+        case Record():
+            return _record(value, kind, path)
+
+
+def _members(group: str, groups: Mapping[str, Sequence[str]], path: str) -> list[str]:
+    if group not in groups:
+        names = set(groups) - {"all", "ungrouped"}
+        raise ContractError(f'{path}: the inventory has no group "{group}", {did_you_mean(group, names)}')
+    if not groups[group]:
+        raise ContractError(f'{path}: the group "{group}" has no host in the inventory; add one or remove the process')
+    return [str(host) for host in groups[group]]
+
+
+def _health(process: dict[str, Any], secrets: Mapping[str, str], path: str) -> dict[str, Any]:
+    """Normalise to ``{"kind": "http" | "command" | "unit", …}``."""
+    given = process.get("health")
+    if given is None:
+        return {"kind": "unit"}  # H1: every service has a check; without a better one: its unit runs
+    if len(given) != 1:
+        raise ContractError(f"{path}: must have exactly one of http and command")
+    if "command" in given:
+        return {"kind": "command", "command": given["command"]}
+    http = dict(given["http"])
+    if "port" not in http:
+        if "port" not in process:
+            raise ContractError(f"{path}.http.port: is missing; the process has no port of its own")
+        http["port"] = process["port"]
+    _known_secret(http.get("bearer"), secrets, f"{path}.http.bearer")
+    return {"kind": "http", **http}
+
+
+def _known_secret(name: str | None, secrets: Mapping[str, str], path: str) -> None:
+    if name is not None and name not in secrets:
+        raise ContractError(f'{path}: app.secrets has no "{name}", {did_you_mean(name, secrets)}')
+
+
+def _process(
+    name: str, process: dict[str, Any], app: Mapping[str, Any], groups: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    path, kind = f"app.processes.{name}", process["kind"]
+    for optional, kinds in ONLY_FOR.items():
+        if optional in process and kind not in kinds:
+            raise ContractError(f"{path}.{optional}: only a process of kind {' or '.join(kinds)} has it, not a {kind}")
+    for needed in REQUIRED_FOR.get(kind, ()):
+        if needed not in process:
+            raise ContractError(f"{path}.{needed}: is missing; a process of kind {kind} needs it")
+    if kind == "timer" and ("health" in process or process["notify"]):
+        raise ContractError(f"{path}: a timer has neither health nor notify; its last run is its health")
+    unit = f"{app['name']}-{name}"
+    result: dict[str, Any] = {
+        **process,
+        "name": name,
+        "unit": f"{unit}.service",
+        "socket": f"{unit}.socket" if kind == "web" else None,
+        "timer": f"{unit}.timer" if kind == "timer" else None,
+        "members": _members(process["hosts"], groups, f"{path}.hosts"),
+        "health": {"kind": "timer"} if kind == "timer" else _health(process, app["secrets"], f"{path}.health"),
+    }
+    for optional in ("port", "queue", "on_calendar", "task_time_limit_seconds"):
+        result.setdefault(optional, None)
+    result["path"] = result.get("path", "/" if kind == "web" else None)
+    result.setdefault("start_period_seconds", START_PERIOD_SECONDS.get(kind, 10))
+    limit = result["task_time_limit_seconds"]
+    result["stop_seconds"] = limit + WORKER_GRACE_SECONDS if kind == "worker" else None
+    return result
+
+
+def _check_ports(processes: Mapping[str, Mapping[str, Any]]) -> None:
+    taken: dict[tuple[str, int], str] = {}
+    for name, process in processes.items():
+        if process["port"] is None:
+            continue
+        for host in process["members"]:
+            other = taken.setdefault((host, process["port"]), name)
+            if other != name:
+                raise ContractError(
+                    f"app.processes.{name}.port: {process['port']} on host {host} is already taken "
+                    f"by app.processes.{other}; give one of them another port"
+                )
+
+
+def _check_paths(processes: Mapping[str, Mapping[str, Any]]) -> None:
+    taken: dict[str, str] = {}
+    for name, process in processes.items():
+        if process["path"] is None:
+            continue
+        other = taken.setdefault(process["path"], name)
+        if other != name:
+            raise ContractError(
+                f"app.processes.{name}.path: {process['path']} is already served by app.processes.{other}; "
+                "give one of them another path"
+            )
+
+
+def _check_remote(processes: Mapping[str, Mapping[str, Any]], app: str) -> None:
+    """A process that others wait for from another host needs a check that can be made from there."""
+    for name, process in processes.items():
+        for other_name, other in processes.items():
+            elsewhere = [host for host in process["members"] if host not in other["members"]]
+            if f"{app}-{other_name}" in process["after"] and other["health"]["kind"] == "unit" and elsewhere:
+                raise ContractError(
+                    f"app.processes.{other_name}.health: is missing; {name} on {elsewhere[0]} waits for this process "
+                    "from another host, so it needs an http or command check"
+                )
+
+
+def _check_services(processes: Mapping[str, Mapping[str, Any]], app: str, services: Iterable[str] | None) -> None:
+    """Every name in `after:` is a service with a health check: one that the caller lists, or a process of the app."""
+    if services is None:
+        return
+    known = {str(name) for name in services}
+    known |= {f"{app}-{name}" for name, process in processes.items() if process["kind"] != "timer"}
+    for name, process in processes.items():
+        for service in process["after"]:
+            if service == f"{app}-{name}":
+                raise ContractError(f"app.processes.{name}.after: the process would wait for itself")
+            if service not in known:
+                raise ContractError(
+                    f'app.processes.{name}.after: no service "{service}" has a health check, '
+                    f"{did_you_mean(service, known)}"
+                )
+
+
+def _bootstrap(app: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The steps of every process in the order of their names, each variable that they need being set somewhere."""
+    for name in app["bootstrap"]:
+        if name not in app["processes"]:
+            raise ContractError(f"app.bootstrap.{name}: no such process, {did_you_mean(name, app['processes'])}")
+    provided = {**app["environment"], **app["secrets"]}
+    result: dict[str, list[dict[str, Any]]] = {}
+    for process in app["processes"]:
+        steps = sorted(app["bootstrap"].get(process, []), key=lambda step: cast(str, step["name"]))
+        for before, after in itertools.pairwise(steps):
+            if before["name"] == after["name"]:
+                raise ContractError(f"app.bootstrap.{process}.{after['name']}: two steps have this name")
+        for step in steps:
+            for variable, purpose in step["environment"].items():
+                if variable not in provided:
+                    raise ContractError(f"app.bootstrap.{process}.{step['name']}: {variable} is not set: {purpose}")
+        result[process] = steps
+    return result
+
+
+def app_contract(
+    app: Any, groups: Mapping[str, Sequence[str]], services: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """Check the contract against itself and the inventory's groups, and return it complete.
+
+    `services`: names of the services outside the app that have a health check; with them, `after:` is checked too.
+    """
+    contract = _record(app, APP, "app")
+    name = contract["name"]
+    if name in {"evenkeel", "root", "postgres", "redis", "etcd", "nginx", "www-data"}:
+        raise ContractError(f'app.name: "{name}" belongs to the system; choose another name')
+    for variable in contract["environment"]:
+        if variable in contract["secrets"]:
+            raise ContractError(f"app.secrets.{variable}: is in app.environment too; keep it in one of them")
+    processes = {
+        key: _process(key, process, contract, groups) for key, process in sorted(contract["processes"].items())
+    }
+    _check_ports(processes)
+    _check_paths(processes)
+    _check_services(processes, name, services)
+    _check_remote(processes, name)
+    for check in contract["checks"]:
+        _known_secret(check.get("bearer"), contract["secrets"], f"app.checks.{check['name']}.bearer")
+    return {
+        **contract,
+        "user": name,
+        "group": name,
+        "paths": {
+            "root": f"/opt/{name}",
+            "releases": f"/opt/{name}/releases",
+            "current": f"/opt/{name}/current",
+            "configuration": f"/etc/{name}",
+            "environment": f"/etc/{name}/environment",
+            "secrets": f"/etc/{name}/secrets.env",
+            "bootstrap": f"/etc/{name}/bootstrap",
+            "state": f"/var/lib/{name}",
+            "log": f"/var/log/{name}",
+            "run": f"/run/{name}",
+            "command": f"/usr/local/sbin/{name}-run",
+        },
+        "databases": {
+            cluster: {"name": database["name"], "owner": name} for cluster, database in contract["databases"].items()
+        },
+        "processes": processes,
+        "bootstrap": _bootstrap(contract),
+    }
+
+
+def _filter(app: Any, groups: Mapping[str, Sequence[str]], services: Iterable[str] | None = None) -> dict[str, Any]:
+    from ansible.errors import AnsibleFilterError
+
+    try:
+        return app_contract(app, groups, services)
+    except ContractError as error:
+        raise AnsibleFilterError(str(error)) from None
+
+
+class FilterModule:
+    """Gives the filter to Ansible."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        return {"app_contract": _filter}

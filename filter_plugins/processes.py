@@ -1,0 +1,234 @@
+"""Pure functions over the normalised app contract (see ``app_contract``): what a host runs, reads and answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def systemd_argv(argv: Sequence[str]) -> str:
+    """A command line for ``ExecStart=`` that systemd splits into exactly these arguments."""
+    return " ".join(_systemd_word(str(word)) for word in argv)
+
+
+def _systemd_word(word: str) -> str:
+    escaped = word.replace("%", "%%").replace("$", "$$")
+    if escaped and re.fullmatch(r"[A-Za-z0-9_@%$+=:,./-]+", escaped):
+        return escaped
+    escaped = escaped.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+    return f'"{escaped}"'
+
+
+def environment_file(values: Mapping[str, Any]) -> str:
+    """The lines of an ``EnvironmentFile=`` that give exactly these values, sorted by name."""
+    return "".join(f"{name}={_environment_value(str(values[name]))}\n" for name in sorted(values))
+
+
+def _environment_value(value: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9_@%+=:,./-]+", value):
+        return value
+    return '"' + re.sub(r'(["\\`$])', r"\\\1", value) + '"'
+
+
+def release_command(command: Sequence[str], release: str) -> list[str]:
+    """The command with its program looked up in the release's virtual environment, unless it is an absolute path."""
+    program = command[0]
+    return [program if program.startswith("/") else f"{release}/venv/bin/{program}", *command[1:]]
+
+
+def host_processes(contract: Mapping[str, Any], group_names: Sequence[str]) -> list[dict[str, Any]]:
+    """The processes whose group contains this host, in the order of their names."""
+    return [dict(process) for process in contract["processes"].values() if process["hosts"] in group_names]
+
+
+def host_packages(contract: Mapping[str, Any], group_names: Sequence[str]) -> list[str]:
+    """The Debian packages that the processes of this host need."""
+    processes = host_processes(contract, group_names)
+    names = set(contract["packages"]) if processes else set()
+    for process in processes:
+        names |= set(process["packages"])
+    return sorted(names)
+
+
+def _own_directories(contract: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The app's three directories, less those that a step declares itself (with another mode, perhaps)."""
+    declared = {
+        directory["path"]
+        for steps in contract["bootstrap"].values()
+        for step in steps
+        for directory in step["directories"]
+    }
+    paths = [contract["paths"][name] for name in ("state", "log", "run")]
+    return [{"path": path, "mode": "0750"} for path in paths if path not in declared]
+
+
+def bootstrap_steps(contract: Mapping[str, Any], process: str) -> list[dict[str, Any]]:
+    """The steps of a process, complete and in order; ``00-directories`` makes what every process of the app needs."""
+    steps = [{"name": "00-directories", "directories": _own_directories(contract)}, *contract["bootstrap"][process]]
+    return [
+        {
+            "name": step["name"],
+            "environment": step.get("environment", {}),
+            "directories": step.get("directories", []),
+            "writable": step.get("writable", []),
+            "command": step.get("command", []),
+        }
+        for step in steps
+    ]
+
+
+def bootstrap_table(contract: Mapping[str, Any], process: str) -> dict[str, Any]:
+    """What ``/etc/<app>/bootstrap/<process>.json`` holds."""
+    return {
+        "app": contract["name"],
+        "process": process,
+        "user": contract["user"],
+        "group": contract["group"],
+        "steps": bootstrap_steps(contract, process),
+    }
+
+
+def bootstrap_files(contract: Mapping[str, Any], group_names: Sequence[str]) -> list[dict[str, Any]]:
+    """The entries of a `files` task for the bootstrap tables of this host's processes."""
+    return [
+        {
+            "dest": f"{contract['paths']['bootstrap']}/{process['name']}.json",
+            "content": json.dumps(bootstrap_table(contract, process["name"]), indent=2, ensure_ascii=False) + "\n",
+        }
+        for process in host_processes(contract, group_names)
+    ]
+
+
+def _writable_paths(contract: Mapping[str, Any], process: str) -> list[str]:
+    """What the process may write to; everything else is read-only for it."""
+    paths = [contract["paths"][name] for name in ("state", "log", "run")]
+    for step in contract["bootstrap"][process]:
+        paths += [directory["path"] for directory in step["directories"]] + step["writable"]
+    return list(dict.fromkeys(paths))
+
+
+def process_units(contract: Mapping[str, Any], group_names: Sequence[str]) -> list[dict[str, Any]]:
+    """The entries of a `units` task for this host: sockets before services, services before timers.
+
+    Nothing runs before the first deploy (`requires_path`), but all of it is enabled, so that a host that was deployed
+    to while it was off starts everything at its next boot.
+    """
+    paths = contract["paths"]
+    units: list[dict[str, Any]] = []
+    for process in host_processes(contract, group_names):
+        name = process["name"]
+        template_vars = {
+            "contract_process": {
+                **process,
+                "argv": release_command(process["command"], paths["current"]),
+                "steps": bootstrap_steps(contract, name),
+                "writable": _writable_paths(contract, name),
+            }
+        }
+        service: dict[str, Any] = {"name": process["unit"], "template": "process.service.j2", "vars": template_vars}
+        running = {"enabled": True, "state": "started", "requires_path": paths["current"]}
+        triggers = [paths["environment"], paths["secrets"], f"{paths['bootstrap']}/{name}.json"]
+        if process["kind"] == "timer":
+            timer = {"name": process["timer"], "template": "process.timer.j2", "vars": template_vars}
+            units += [service, {**timer, **running}]
+            continue
+        if process["kind"] == "web":
+            socket = {"name": process["socket"], "template": "process.socket.j2", "vars": template_vars}
+            units.append({**socket, **running})
+        units.append({**service, **running, "restart_on": triggers})
+    return units
+
+
+def contract_health_services(
+    contract: Mapping[str, Any], host: str, addresses: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Entries of `healthcheck_services` for this host: its own processes, and those elsewhere that they wait for.
+
+    `addresses`: host -> address. A web process on several hosts is one service to those who wait for it, and the first
+    host answers for it.
+    """
+    own: dict[str, dict[str, Any]] = {}
+    wanted: list[str] = []
+    for process in contract["processes"].values():
+        if host in process["members"]:
+            wanted += process["after"]
+            if process["kind"] != "timer":
+                entry = _health_entry(contract, process, addresses[host])
+                own[entry["name"]] = entry
+    remote = [
+        {**_health_entry(contract, process, addresses[process["members"][0]]), "remote": True}
+        for process in contract["processes"].values()
+        if process["kind"] != "timer"
+        and f"{contract['name']}-{process['name']}" in wanted
+        and host not in process["members"]
+    ]
+    return [*own.values(), *remote]
+
+
+def _health_entry(contract: Mapping[str, Any], process: Mapping[str, Any], address: str) -> dict[str, Any]:
+    health, paths = process["health"], contract["paths"]
+    entry: dict[str, Any] = {
+        "name": f"{contract['name']}-{process['name']}",
+        "owner": contract["name"],
+        "unit": process["unit"],
+        "kind": health["kind"],
+        "start_period_seconds": process["start_period_seconds"],
+    }
+    if process["port"] is not None:
+        entry["endpoint"] = f"{address}:{process['port']}"
+    if health["kind"] == "http":
+        # As the proxy would ask, so that an application that insists on TLS answers instead of redirecting.
+        headers = {"X-Forwarded-Proto": "https"} | ({"Host": health["host"]} if "host" in health else {})
+        entry |= {"url": f"http://{address}:{health['port']}{health['path']}", "status": health["status"]}
+        entry |= {"headers": headers}
+        entry |= {key: health[key] for key in ("contains", "bearer") if key in health}
+    if health["kind"] == "command":
+        entry |= {
+            "command": release_command(health["command"], paths["current"]),
+            "user": contract["user"],
+            "environment_files": [paths["environment"], paths["secrets"]],
+            "directory": paths["current"],
+        }
+    return entry
+
+
+def contract_credentials(contract: Mapping[str, Any]) -> dict[str, str]:
+    """The secrets that the health checks of the app's processes send: name -> value, for `healthcheck_credentials`."""
+    names = {process["health"].get("bearer") for process in contract["processes"].values()} - {None}
+    return {name: contract["secrets"][name] for name in sorted(names)}
+
+
+def contract_routes(contract: Mapping[str, Any], addresses: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Entries of `proxy_routes`: each web process with its path and the servers that answer."""
+    return [
+        {
+            "name": process["unit"].removesuffix(".service"),
+            "path": process["path"],
+            "servers": [
+                {"name": host, "address": addresses[host], "port": process["port"]} for host in process["members"]
+            ],
+        }
+        for process in contract["processes"].values()
+        if process["kind"] == "web"
+    ]
+
+
+class FilterModule:
+    """Gives the filters to Ansible."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        functions: tuple[Callable[..., Any], ...] = (
+            systemd_argv,
+            environment_file,
+            host_processes,
+            host_packages,
+            bootstrap_steps,
+            bootstrap_files,
+            process_units,
+            contract_health_services,
+            contract_credentials,
+            contract_routes,
+        )
+        return {function.__name__: function for function in functions}

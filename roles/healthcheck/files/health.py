@@ -1,0 +1,635 @@
+#!/usr/bin/python3 -IS
+"""Health of this host's services: a daemon that checks them, and the command line that shows and awaits the results.
+
+The semantics are those of a container's health check. A service is *starting* until its first success, which makes it
+*healthy*; failures within the start period do not count; `retries` failures in a row make it *unhealthy*; one success
+makes it healthy again. A restart of the service's unit begins anew.
+
+The daemon reads ``/etc/evenkeel/health.json`` and writes ``/run/evenkeel/health/<service>.json`` (atomically).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Iterable, Mapping, Sequence
+    from types import FrameType
+
+TABLE = Path("/etc/evenkeel/health.json")
+CREDENTIALS = Path("/etc/evenkeel/health.credentials")
+STATES = Path("/run/evenkeel/health")
+INVOCATIONS = Path("/run/systemd/units")
+CHECK_USER = "evenkeel-health"
+SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+BODY_LIMIT = 256 * 1024
+MESSAGE_LIMIT = 300
+# A service that has just been started is asked more often, so that those who wait for it need not wait for a turn.
+STARTING_INTERVAL = 1.0
+
+OK, NOT_HEALTHY, USAGE = 0, 1, 2
+
+Status = Literal["starting", "healthy", "unhealthy"]
+
+
+@dataclass(frozen=True)
+class Service:
+    """One row of the table."""
+
+    name: str
+    kind: str
+    owner: str = ""
+    unit: str = ""
+    endpoint: str = ""
+    url: str = ""
+    status: int = 200
+    contains: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    bearer: str = ""
+    ca: str = ""
+    command: list[str] = field(default_factory=list)
+    expected: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+    credentials: dict[str, str] = field(default_factory=dict)
+    environment_files: list[str] = field(default_factory=list)
+    directory: str = ""
+    user: str = ""
+    interval_seconds: float = 10
+    timeout_seconds: float = 10
+    retries: int = 30
+    start_period_seconds: float = 10
+    remote: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of one check."""
+
+    passed: bool
+    message: str
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of one service; `since` and `checked` are seconds since 1970."""
+
+    name: str
+    status: Status
+    streak: int
+    since: float
+    started: float
+    checked: float
+    seconds: float
+    message: str
+    invocation: str
+
+
+class HealthError(Exception):
+    """Something that the person at the terminal can put right."""
+
+
+# --- the state machine ------------------------------------------------------------------------------------------------
+
+
+def begin(name: str, invocation: str, now: float) -> State:
+    """A service of which nothing is known yet."""
+    return State(name, "starting", 0, now, now, 0.0, 0.0, "no check has been made yet", invocation)
+
+
+def advance(state: State, outcome: Outcome, service: Service, now: float, seconds: float) -> State:
+    """The state after one more check. `streak` counts the results in a row that speak for the same side."""
+    state = replace(state, checked=now, seconds=round(seconds, 4), message=outcome.message)
+    if outcome.passed:
+        if state.status == "healthy":
+            return replace(state, streak=max(state.streak, 0) + 1)
+        return replace(state, status="healthy", streak=1, since=now)
+    if state.status == "starting" and state.invocation and now - state.started < service.start_period_seconds:
+        return state
+    streak = min(state.streak, 0) - 1
+    if state.status != "unhealthy" and -streak >= service.retries:
+        return replace(state, status="unhealthy", streak=streak, since=now)
+    return replace(state, streak=streak)
+
+
+def begin_again(state: State, invocation: str, now: float) -> State:
+    """The unit was stopped or started: what was known no longer counts."""
+    return begin(state.name, invocation, now)
+
+
+def pause_until_next(state: State, service: Service, now: float) -> float:
+    """Seconds until the next check."""
+    if state.status == "starting" and now - state.started < max(service.start_period_seconds, 30):
+        return min(STARTING_INTERVAL, service.interval_seconds)
+    return service.interval_seconds
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def one_line(text: str, secrets: Iterable[str] = ()) -> str:
+    """The last line that says something, short, and without secrets."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = lines[-1] if lines else ""
+    for secret in secrets:
+        if secret:
+            line = line.replace(secret, "***")
+    return line if len(line) <= MESSAGE_LIMIT else line[: MESSAGE_LIMIT - 1] + "…"
+
+
+def unit_invocation(unit: str) -> str:
+    """The identity of the unit's present run, empty while it does not run: one link that systemd keeps."""
+    if not unit:
+        return "-"
+    try:
+        return str((INVOCATIONS / f"invocation:{unit}").readlink())
+    except OSError:
+        return ""
+
+
+_TLS: dict[str, ssl.SSLContext] = {}
+
+
+def _tls(ca: str) -> ssl.SSLContext:
+    import ssl
+
+    if ca not in _TLS:
+        _TLS[ca] = ssl.create_default_context(cafile=ca or None)
+    return _TLS[ca]
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _body(raw: bytes, head: str) -> bytes:
+    """The body, put together again if it came in chunks."""
+    if "\r\ntransfer-encoding: chunked" not in head.lower():
+        return raw
+    body = b""
+    while raw:
+        size_line, _, rest = raw.partition(b"\r\n")
+        size = int(size_line.split(b";")[0] or b"0", 16)
+        if size == 0:
+            break
+        body += rest[:size]
+        raw = rest[size + 2 :]
+    return body
+
+
+def _exchange(service: Service, credentials: Mapping[str, str], deadline: float) -> tuple[int, bytes]:
+    """One HTTP request. Plain sockets, because every byte of it must be within one deadline, and cheap."""
+    url = urlsplit(service.url)
+    host = url.hostname or ""
+    secure = url.scheme == "https"
+    headers = {"Host": url.netloc, "User-Agent": "evenkeel-health", "Accept": "*/*", "Connection": "close"}
+    headers |= service.headers
+    if service.bearer:
+        headers["Authorization"] = f"Bearer {credentials[service.bearer]}"
+    target = (url.path or "/") + (f"?{url.query}" if url.query else "")
+    request = f"GET {target} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
+    connection: socket.socket = socket.create_connection(
+        (host, url.port or (443 if secure else 80)), timeout=_left(deadline)
+    )
+    try:
+        if secure:
+            connection = _tls(service.ca).wrap_socket(connection, server_hostname=host)
+        connection.settimeout(_left(deadline))
+        connection.sendall(request.encode())
+        answer = b""
+        while len(answer) < BODY_LIMIT:
+            connection.settimeout(_left(deadline))
+            part = connection.recv(65536)
+            if not part:
+                break
+            answer += part
+            if b"\r\n\r\n" in answer and not service.contains:
+                break
+    finally:
+        connection.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    words = head.split(None, 2)
+    if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
+        raise HealthError("the answer is not HTTP" if answer else "the connection was closed without an answer")
+    return int(words[1]), _body(body, head.decode("latin-1"))
+
+
+def check_http(service: Service, credentials: Mapping[str, str]) -> Outcome:
+    """Healthy means: the expected status, and the expected text when there is one, within the time-out."""
+    if service.bearer and service.bearer not in credentials:
+        return Outcome(False, f"the credential {service.bearer} is missing in {CREDENTIALS}")
+    try:
+        status, body = _exchange(service, credentials, time.monotonic() + service.timeout_seconds)
+    except TimeoutError:
+        return Outcome(False, f"no answer from {service.url} within {service.timeout_seconds:g} s")
+    except (OSError, ValueError, HealthError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return Outcome(False, f"{service.url}: {one_line(reason, credentials.values())}")
+    if status != service.status:
+        return Outcome(False, f"{service.url} answered {status}, expected {service.status}")
+    if service.contains and service.contains.encode() not in body:
+        return Outcome(False, f'{service.url} answered {status}, but without "{service.contains}"')
+    return Outcome(True, f"{service.url} answered {status}")
+
+
+def command_environment(
+    service: Service, credentials: Mapping[str, str], inherited: Mapping[str, str]
+) -> dict[str, str]:
+    """The environment of a check command: the app's own for a check with `user`, else a clean one."""
+    private = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY", "LISTEN_FDS", "LISTEN_PID")
+    result = {"PATH": SEARCH_PATH, "LANG": "C.UTF-8"}
+    if service.user:
+        result |= {name: value for name, value in inherited.items() if name not in private}
+    result |= service.environment
+    result |= {variable: credentials[name] for variable, name in service.credentials.items()}
+    return result
+
+
+def check_command(service: Service, credentials: Mapping[str, str]) -> Outcome:
+    """Healthy means: exit code 0, and the expected text when there is one, within the time-out."""
+    program = Path(service.command[0]).name
+    missing = [name for name in service.credentials.values() if name not in credentials]
+    if missing:
+        return Outcome(False, f"the credential {missing[0]} is missing in {CREDENTIALS}")
+    secrets = [credentials[name] for name in service.credentials.values()]
+    identity: dict[str, Any] = {}
+    if os.geteuid() == 0:  # `evenkeel-health wait` before the start of a unit: checks never run as root
+        account = pwd.getpwnam(service.user or CHECK_USER)
+        identity = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+    try:
+        with subprocess.Popen(
+            service.command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=command_environment(service, credentials, os.environ),
+            cwd=service.directory or "/",
+            start_new_session=True,
+            **identity,
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=service.timeout_seconds)
+            except subprocess.TimeoutExpired:
+                return Outcome(False, f"{program} did not end within {service.timeout_seconds:g} s")
+            finally:
+                # Whatever it has left behind ends with it.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+    except (OSError, KeyError) as error:
+        return Outcome(False, f"{program} could not be run: {error}")
+    text = output.decode(errors="replace")
+    said = one_line(text, secrets) or "no output"
+    if process.returncode != 0:
+        return Outcome(False, f"{program} ended with exit code {process.returncode}: {said}")
+    if service.expected and service.expected not in text:
+        return Outcome(False, f'{program} answered without "{service.expected}": {said}')
+    return Outcome(True, said)
+
+
+def check(service: Service, credentials: Mapping[str, str], invocation: str) -> Outcome:
+    """Make one check."""
+    if not service.remote and not invocation:
+        return Outcome(False, f"{service.unit} is not running")
+    if service.kind == "http":
+        return check_http(service, credentials)
+    if service.kind == "command":
+        return check_command(service, credentials)
+    return Outcome(True, f"{service.unit} is running")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def load_table(path: Path) -> list[Service]:
+    """The services, as the role wrote them."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["services"]
+        return [Service(**row) for row in rows]
+    except FileNotFoundError:
+        raise HealthError(f"{path} does not exist; apply the role healthcheck to this host") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise HealthError(f"{path} cannot be read ({error}); apply the role healthcheck again") from None
+
+
+def load_credentials(path: Path) -> dict[str, str]:
+    """Name -> value; nothing when the file is not for us."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    if directory and (Path(directory) / path.name).exists():
+        path = Path(directory) / path.name
+    try:
+        values: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, PermissionError):
+        return {}
+    except ValueError:
+        raise HealthError(f"{path} is not JSON; apply the role healthcheck again") from None
+    return values
+
+
+def read_state(directory: Path, name: str) -> State | None:
+    """The last recorded state, if there is a usable one."""
+    try:
+        return State(**json.loads((directory / f"{name}.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def write_state(directory: Path, state: State) -> None:
+    """Replace the state file in one step: a reader sees the old one or the new one."""
+    temporary = directory / f".{state.name}.new"
+    temporary.write_text(json.dumps(asdict(state), ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.chmod(0o644)
+    temporary.replace(directory / f"{state.name}.json")
+
+
+# --- the daemon -------------------------------------------------------------------------------------------------------
+
+
+def notify(message: str) -> None:
+    """Tell systemd."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, contextlib.suppress(OSError):
+        channel.sendto(message.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+class Watcher(threading.Thread):
+    """Checks one service for ever."""
+
+    def __init__(self, service: Service, credentials: Mapping[str, str], directory: Path, offset: float) -> None:
+        super().__init__(name=service.name, daemon=True)
+        self.service = service
+        self.credentials = credentials
+        self.directory = directory
+        self.offset = offset
+        self.restarted = threading.Event()
+        self.due = time.monotonic() + offset
+        invocation = unit_invocation(service.unit)
+        known = read_state(directory, service.name)
+        # A restart of the daemon is no event in the life of the service.
+        self.state = known if known and known.invocation == invocation else begin(service.name, invocation, time.time())
+
+    def notice_restart(self) -> None:
+        """Called once a second: begin at once when the unit was started or stopped."""
+        if unit_invocation(self.service.unit) != self.state.invocation:
+            self.restarted.set()
+
+    def stuck(self) -> bool:
+        """Whether the thread has not come back from a check long after its time-out."""
+        return time.monotonic() > self.due + self.service.timeout_seconds + 60
+
+    def run(self) -> None:
+        time.sleep(self.offset)
+        while True:
+            self.restarted.clear()
+            try:
+                pause = self._turn()
+            except Exception as error:  # one service's trouble (a full /run, say) must not end its watch
+                print(f"{self.name}: the check itself failed: {error}", file=sys.stderr, flush=True)
+                pause = self.service.interval_seconds
+            self.due = time.monotonic() + pause
+            self.restarted.wait(pause)
+            self.due = time.monotonic()
+
+    def _turn(self) -> float:
+        """One check, its record, and the pause until the next."""
+        invocation = unit_invocation(self.service.unit)
+        if invocation != self.state.invocation:
+            self.state = begin_again(self.state, invocation, time.time())
+        before = self.state
+        start = time.monotonic()
+        outcome = check(self.service, self.credentials, invocation)
+        self.state = advance(before, outcome, self.service, time.time(), time.monotonic() - start)
+        write_state(self.directory, self.state)
+        if self.state.status != before.status:
+            print(f"{self.name} is {self.state.status}: {self.state.message}", flush=True)
+        return pause_until_next(self.state, self.service, time.time())
+
+
+def run_daemon(table: Path, directory: Path, user: str) -> NoReturn:
+    """Watch the services that this user checks."""
+    own = [service for service in load_table(table) if not service.remote and service.user == user]
+    credentials = load_credentials(CREDENTIALS)
+    names = {f"{service.name}.json" for service in own}
+    for path in directory.glob("*.json"):
+        if path.name not in names and path.stat().st_uid == os.geteuid():
+            path.unlink(missing_ok=True)
+    # Spread over an interval's first second, so that the checks do not all want the processor at once.
+    step = min(0.1, 1.0 / max(len(own), 1))
+    watchers = [Watcher(service, credentials, directory, number * step) for number, service in enumerate(own)]
+    for watcher in watchers:
+        watcher.start()
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        notify("STOPPING=1")
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    notify(f"READY=1\nSTATUS=watching {len(own)} services")
+    period = int(os.environ.get("WATCHDOG_USEC", "0")) / 2_000_000
+    barked = time.monotonic()
+    while True:
+        time.sleep(1)
+        for watcher in watchers:
+            watcher.notice_restart()
+        if period and time.monotonic() - barked >= period:
+            stuck = [watcher.name for watcher in watchers if watcher.stuck() or not watcher.is_alive()]
+            if stuck:
+                print(f"the check of {', '.join(stuck)} hangs; waiting for systemd to start this daemon again")
+                time.sleep(3600)
+            notify("WATCHDOG=1")
+            barked = time.monotonic()
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def describe(service: Service, state: State | None, now: float, invocation: str) -> tuple[str, str]:
+    """The status as others may rely on it, and why."""
+    if state is None:
+        return "unknown", "no state is recorded; is evenkeel-health.service running?"
+    if state.invocation != invocation:
+        return "starting", f"{service.unit} was just {'started' if invocation else 'stopped'}"
+    age = now - state.checked
+    if state.checked and age > service.interval_seconds + service.timeout_seconds + 15:
+        return "unknown", f"the last check was {age:.0f} s ago; is evenkeel-health.service running?"
+    return state.status, state.message
+
+
+def span(seconds: float) -> str:
+    """A duration for people."""
+    for size, letter in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {letter}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def rows_of(services: Sequence[Service], directory: Path) -> list[dict[str, Any]]:
+    """One row for each service of this host."""
+    now = time.time()
+    rows = []
+    for service in services:
+        if service.remote:
+            continue
+        state = read_state(directory, service.name)
+        status, message = describe(service, state, now, unit_invocation(service.unit))
+        rows.append(
+            {
+                "name": service.name,
+                "status": status,
+                "streak": state.streak if state else 0,
+                "since": round(state.since, 3) if state else None,
+                "checked": round(state.checked, 3) if state else None,
+                "message": message,
+                "unit": service.unit,
+                "owner": service.owner,
+                "endpoint": service.endpoint,
+                "kind": service.kind,
+            }
+        )
+    return rows
+
+
+def run_status(as_json: bool) -> int:
+    """Show every service of this host."""
+    rows = rows_of(load_table(TABLE), STATES)
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+    else:
+        width = max((len(row["name"]) for row in rows), default=0)
+        for row in rows:
+            age = f"for {span(time.time() - row['since'])}" if row["since"] else ""
+            streak = f"{abs(row['streak'])} {'failures' if row['streak'] < 0 else 'passed'}" if row["streak"] else ""
+            print(f"{row['name']:<{width}}  {row['status']:<9}  {age:<10}  {streak:<12}  {row['message']}".rstrip())
+    return OK if all(row["status"] == "healthy" for row in rows) else NOT_HEALTHY
+
+
+def pick(services: Sequence[Service], names: Iterable[str]) -> list[Service]:
+    """The named services, in the order of the names."""
+    table = {service.name: service for service in services}
+    unknown = [name for name in names if name not in table]
+    if unknown:
+        raise HealthError(
+            f'no service "{unknown[0]}" in {TABLE}; known are: {", ".join(sorted(table)) or "none"}. '
+            "Add it to healthcheck_services, or correct the name where it is awaited"
+        )
+    return [table[name] for name in names]
+
+
+def look(service: Service, credentials: Mapping[str, str], left: float) -> tuple[str, str]:
+    """The present status of one service: recorded by the daemon, or checked here when it lives on another host."""
+    if not service.remote:
+        state = read_state(STATES, service.name)
+        status, message = describe(service, state, time.time(), unit_invocation(service.unit))
+        # Who is about to rely on a service does not grant it the retries that its alarm has.
+        return ("failing", message) if status == "healthy" and state and state.streak < 0 else (status, message)
+    outcome = check(replace(service, timeout_seconds=max(1.0, min(service.timeout_seconds, left))), credentials, "")
+    return ("healthy" if outcome.passed else "not healthy"), outcome.message
+
+
+def run_wait(names: Sequence[str], timeout: float, waiter: str) -> int:
+    """Return once all are healthy; say whom we wait for, and give up after `timeout` seconds."""
+    pending = pick(load_table(TABLE), names)
+    credentials = load_credentials(CREDENTIALS)
+    who = waiter or "the caller"
+    start = time.monotonic()
+    announced = start - 3600.0
+    while True:
+        waiting: list[tuple[Service, str, str]] = []
+        for service in pending:
+            status, message = look(service, credentials, start + timeout - time.monotonic())
+            if status == "healthy":
+                if time.monotonic() - start >= 1:
+                    print(f"{service.name} is healthy after {time.monotonic() - start:.0f} s", flush=True)
+            else:
+                waiting.append((service, status, message))
+        if not waiting:
+            return OK
+        pending = [service for service, _, _ in waiting]
+        listed = "; ".join(f"{service.name} ({status}: {message})" for service, status, message in waiting)
+        elapsed = time.monotonic() - start
+        if elapsed >= timeout:
+            first = waiting[0][0]
+            where = "on its own host" if first.remote else "here"
+            follow = f"journalctl -u {first.unit}" if first.unit else "evenkeel-health status"
+            print(
+                f"{who} was not started: after {timeout:.0f} s not healthy: {listed}. Next: {follow} ({where})",
+                file=sys.stderr,
+                flush=True,
+            )
+            return NOT_HEALTHY
+        if time.monotonic() - announced >= 30:
+            print(f"{who} waits for {listed}; up to {timeout - elapsed:.0f} s", flush=True)
+            announced = time.monotonic()
+        time.sleep(min(1.0, max(0.05, timeout - elapsed)))
+
+
+def run_check(names: Sequence[str]) -> int:
+    """Make the named checks now, without the daemon and without recording anything."""
+    services = load_table(TABLE)
+    credentials = load_credentials(CREDENTIALS)
+    failed = False
+    for service in pick(services, names) if names else services:
+        outcome = check(service, credentials, unit_invocation(service.unit))
+        failed = failed or not outcome.passed
+        print(f"{service.name}: {'passed' if outcome.passed else 'FAILED'}: {outcome.message}")
+    return NOT_HEALTHY if failed else OK
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(prog="evenkeel-health", description="Health of this host's services.")
+    verbs = result.add_subparsers(dest="verb", required=True, metavar="status | wait | check | daemon")
+    status = verbs.add_parser("status", help="show every service; exit code 1 unless all are healthy")
+    status.add_argument("--json", action="store_true", help="as a list of objects")
+    wait = verbs.add_parser("wait", help="return once all named services are healthy; exit code 1 after the time-out")
+    wait.add_argument("names", nargs="+", metavar="NAME")
+    wait.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="default 300")
+    wait.add_argument("--for", dest="waiter", default="", metavar="WHO", help="named in the messages")
+    now = verbs.add_parser("check", help="make the named checks now (all without names); exit code 1 if one fails")
+    now.add_argument("names", nargs="*", metavar="NAME")
+    daemon = verbs.add_parser("daemon", help="watch the services (started by systemd)")
+    daemon.add_argument("--user", default="", help="only the checks that run as this user")
+    return result
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb."""
+    options = parser().parse_args(argv)
+    try:
+        match options.verb:
+            case "status":
+                return run_status(options.json)
+            case "wait":
+                return run_wait(options.names, options.timeout, options.waiter)
+            case "check":
+                return run_check(options.names)
+            case _:
+                run_daemon(TABLE, STATES, options.user)
+    except HealthError as error:
+        print(f"evenkeel-health: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
