@@ -508,6 +508,9 @@ class Run:
         present = [unit for unit in self.units if unit.state != "absent"]
         for unit in absent:
             self._remove(unit)
+        failed = [unit.name for unit in absent if unit.live.active == "failed"]
+        if failed:
+            self.systemd.call("reset-failed", "--", *failed)
         for unit in present:
             if unit.to_write:
                 self.touched.append(unit.name)
@@ -549,30 +552,44 @@ class Run:
         starting = [unit for unit in units if unit.plan.run in ("start", "restart")]
         if starting:  # clears failures and the count of recent starts; an unknown unit is no problem
             self.systemd.call("reset-failed", "--", *[unit.name for unit in starting])
+        problems: list[str] = []
+        ran: list[Unit] = []
         for index, unit in enumerate(units):
             if unit.plan.waiting:
                 self.done["waiting"].append(unit.name)
-            if not unit.plan.run:
+            if not unit.plan.run or problems:
                 continue
             self.touched.append(unit.name)
-            halted: list[str] = []
-            if unit.plan.run == "restart" and unit.name.endswith(".socket"):
-                halted = self._halt(unit)
-            self._job(unit, unit.plan.run)
-            later = {other.name: other for other in units[index + 1 :] if other.state == "started"}
-            for name in halted:
-                if name in later:
-                    later[name].plan.run = "restart"
-                else:
-                    self.systemd.must(f"start {name} after {unit.name}", "start", "--", name)
-        running = [unit for unit in units if unit.plan.run in ("start", "restart", "reload")]
-        answers = self._settle(running)
-        for unit in running:
-            self._judge(unit, answers[unit.name])
+            try:
+                self._run_unit(unit, units[index + 1 :])
+                ran += [unit] if unit.plan.run != "stop" else []
+            except UnitError as error:
+                problems.append(str(error))
+        answers = self._settle(ran)
+        for unit in ran:  # what did start is recorded even when another unit failed
+            try:
+                self._judge(unit, answers[unit.name])
+            except UnitError as error:
+                problems.append(str(error))
+                continue
             unit.record(answers[unit.name])
             key = {"start": "started", "restart": "restarted", "reload": "reloaded"}[unit.plan.run]
             self.done[key].append(unit.name)
+        if problems:
+            raise UnitError("\n".join(problems))
         self._refresh(units)
+
+    def _run_unit(self, unit: Unit, later: list[Unit]) -> None:
+        halted: list[str] = []
+        if unit.plan.run == "restart" and unit.name.endswith(".socket"):
+            halted = self._halt(unit)
+        self._job(unit, unit.plan.run)
+        followers = {other.name: other for other in later if other.state == "started"}
+        for name in halted:
+            if name in followers:
+                followers[name].plan.run = "restart"
+            else:
+                self.systemd.must(f"start {name} after {unit.name}", "start", "--", name)
 
     def _halt(self, socket: Unit) -> list[str]:
         """Stop the running services of a socket, which systemd refuses to restart under them."""
@@ -604,7 +621,8 @@ class Run:
             limit = self.systemd.timeout_seconds
             head = f"{unit.name}: {verb} has not ended within timeout_seconds={limit}; it is {live.active} ({live.sub})"
         else:
-            head = f"{unit.name}: {verb} failed, {outcome(live)}; systemctl said: {said}"
+            how = "" if live.result in ("", "success") else f", {outcome(live)}"
+            head = f"{unit.name}: {verb} failed{how}; systemctl said: {said.splitlines()[0] if said else 'nothing'}"
         raise UnitError(f"{head}\n{self._evidence(unit.name, live)}")
 
     def _judge(self, unit: Unit, live: Live) -> None:
