@@ -1,0 +1,9 @@
+"""Documents and their PDFs."""
+
+from django.apps import AppConfig
+
+
+class DocumentsConfig(AppConfig):
+    """LaTeX documents, compiled by workers."""
+
+    name = "drydock.documents"

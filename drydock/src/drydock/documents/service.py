@@ -1,0 +1,145 @@
+"""What can be done with documents: write a revision (which asks for a compile) and apply a compile's result."""
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from django.conf import settings
+from django.db import transaction
+from django.db.models.functions import Now
+
+from drydock.accounts.models import User
+from drydock.documents.models import Document, Revision, pdf_key
+from drydock.jobs import engine
+from drydock.jobs.models import Job
+
+logger = logging.getLogger(__name__)
+
+COMPILE = engine.Kind(
+    name="latex.compile",
+    database="core",
+    queue="latex.compile",
+    task="drydock.documents.tasks.compile_latex",
+    # A compile that fails is never tried again (that is `failed`); these attempts are for lost workers.
+    max_attempts=5,
+    lease_seconds=settings.LATEX_TASK_TIME_LIMIT_SECONDS,
+)
+MAX_SOURCE_BYTES = 1024 * 1024
+MAX_LOG_CHARACTERS = 16_000
+
+
+class InvalidInputError(ValueError):
+    """What the user sent cannot be accepted; the message is for the user."""
+
+
+class StaleResultError(Exception):
+    """A compile's result came too late: its attempt was superseded, or a newer revision was applied."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a worker reports about one attempt at a compile."""
+
+    job: UUID
+    attempt: int
+    succeeded: bool
+    reason: str = ""
+    log: str = ""
+    sha256: str = ""
+    size: int = 0
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Result":
+        """Read a report, refusing one that makes no sense."""
+        try:
+            result = cls(
+                job=UUID(data["job"]),
+                attempt=int(data["attempt"]),
+                succeeded=data["succeeded"] is True,
+                reason=str(data.get("reason", "")),
+                log=str(data.get("log", ""))[-MAX_LOG_CHARACTERS:],
+                sha256=str(data.get("sha256", "")),
+                size=int(data.get("size", 0)),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InvalidInputError(f"not a compile result: {error!r}") from error
+        if result.succeeded and not (re.fullmatch("[0-9a-f]{64}", result.sha256) and result.size > 0):
+            raise InvalidInputError("a successful compile has a sha256 and a size")
+        if not result.succeeded and not result.reason:
+            raise InvalidInputError("a failed compile has a reason")
+        return result
+
+
+def create_document(owner: User, title: str, source: str) -> Revision:
+    """Create a document with its first revision and ask for its compile."""
+    title = title.strip()
+    if not 1 <= len(title) <= 200:
+        raise InvalidInputError("The title must have 1 to 200 characters.")
+    with transaction.atomic(using="core"):
+        document = Document.objects.create(owner=owner, title=title)
+        return add_revision(document, source)
+
+
+def add_revision(document: Document, source: str) -> Revision:
+    """Add the next revision and ask for its compile, both or neither."""
+    if not source.strip():
+        raise InvalidInputError("The source is empty.")
+    if "\x00" in source or len(source.encode()) > MAX_SOURCE_BYTES:
+        raise InvalidInputError("The source must be text of at most 1 MiB.")
+    with transaction.atomic(using="core"):
+        document = Document.objects.select_for_update().get(pk=document.pk)
+        document.latest += 1
+        revision = Revision.objects.create(document=document, number=document.latest, source=source)
+        revision.job = engine.accept(COMPILE, {"revision": revision.pk}, idempotency_key=f"revision:{revision.pk}")
+        revision.save(update_fields=["job"])
+        document.updated = revision.created
+        document.save(update_fields=["latest", "updated"])
+    return revision
+
+
+def apply_result(result: Result) -> Revision:
+    """Make a compile's result visible, unless it is stale. Applying the same result twice is applying it once."""
+    with transaction.atomic(using="core"):
+        revision = Revision.objects.select_related("document").filter(job=result.job).first()
+        if revision is None:
+            raise StaleResultError("no revision waits for this job")
+        # Results of one document are applied one after another.
+        document = Document.objects.select_for_update().get(pk=revision.document_id)
+        job = Job.objects.using("core").get(uuid=result.job)
+        if _already_applied(job, revision, result):
+            return revision
+        if document.applied > revision.number:
+            raise StaleResultError(
+                f"revision {revision.number} was superseded: revision {document.applied} has been applied"
+            )
+        state = Job.State.DONE if result.succeeded else Job.State.FAILED
+        if not engine.finish(COMPILE, result.job, result.attempt, state, result.reason):
+            raise StaleResultError(f"attempt {result.attempt} does not hold the job (any more): it is {job.state}")
+        values: dict[str, Any] = {"log": result.log, "reason": result.reason, "compiled": Now()}
+        if result.succeeded:
+            key = pdf_key(document.pk, revision.number, result.attempt)
+            values |= {"state": Revision.State.COMPILED, "pdf_key": key}
+            values |= {"pdf_sha256": result.sha256, "pdf_size": result.size}
+            document.applied = revision.number
+            document.save(update_fields=["applied"])
+        else:
+            values |= {"state": Revision.State.FAILED}
+        Revision.objects.filter(pk=revision.pk).update(**values)
+        revision.refresh_from_db()
+    return revision
+
+
+def abandon(job: Job, reason: str) -> None:
+    """End a compile whose result could not be applied, keeping the reason."""
+    with transaction.atomic(using="core"):
+        if engine.finish(COMPILE, job.uuid, job.attempt, Job.State.FAILED, reason):
+            Revision.objects.filter(job=job).update(state=Revision.State.FAILED, reason=reason, compiled=Now())
+    logger.warning("job %s failed: %s", job.uuid, reason)
+
+
+def _already_applied(job: Job, revision: Revision, result: Result) -> bool:
+    if job.attempt != result.attempt or job.state not in (Job.State.DONE, Job.State.FAILED):
+        return False
+    return (job.state == Job.State.DONE) == result.succeeded and revision.pdf_sha256 == result.sha256

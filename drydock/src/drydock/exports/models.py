@@ -1,0 +1,53 @@
+"""Exports of a user's documents. On the plugins database."""
+
+import uuid
+
+from django.db import models
+from django.utils import timezone
+
+from drydock.jobs.models import Job
+
+
+class Export(models.Model):
+    """One file made of a user's documents. The user lives on the other database, hence only an id."""
+
+    class Format(models.TextChoices):
+        """What the file is."""
+
+        ZIP = "zip", "ZIP (sources, PDFs and a list)"
+        CSV = "csv", "CSV (the list only)"
+
+    class State(models.TextChoices):
+        """What its owner wants to know about it."""
+
+        PENDING = "pending"
+        READY = "ready"
+        FAILED = "failed"
+
+    id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
+    owner_id = models.BigIntegerField()
+    format = models.CharField(max_length=3, choices=Format.choices)
+    created = models.DateTimeField(default=timezone.now)
+    # Finished jobs are pruned; what they gave stays here.
+    job = models.OneToOneField(Job, on_delete=models.SET_NULL, null=True, related_name="export")
+    state = models.CharField(max_length=8, choices=State.choices, default=State.PENDING)
+    reason = models.TextField(blank=True)
+    documents = models.PositiveIntegerField(default=0)
+    key = models.CharField(max_length=200, blank=True)
+    sha256 = models.CharField(max_length=64, blank=True)
+    size = models.PositiveBigIntegerField(default=0)
+    finished = models.DateTimeField(null=True)
+
+    class Meta:
+        """Newest first."""
+
+        indexes = (models.Index(fields=["owner_id", "-created"], name="exports_by_owner"),)
+
+    def __str__(self) -> str:
+        """Name the export for logs."""
+        return f"{self.format} export {self.id}"
+
+    @property
+    def file_name(self) -> str:
+        """Return the name under which it is downloaded."""
+        return f"drydock-{self.created:%Y%m%d-%H%M%S}.{self.format}"

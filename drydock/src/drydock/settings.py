@@ -1,0 +1,143 @@
+"""Django's and Celery's settings. What differs between installations comes from the environment (`config.py`)."""
+
+import ssl
+from typing import Any
+
+from kombu import Queue
+
+from drydock import config
+
+CONFIG = config.load()
+
+SECRET_KEY = CONFIG.secret_key
+DEBUG = False
+ALLOWED_HOSTS = CONFIG.allowed_hosts
+ROOT_URLCONF = "drydock.urls"
+WSGI_APPLICATION = "drydock.wsgi.application"
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+LANGUAGE_CODE = "en"
+TIME_ZONE = "UTC"
+USE_TZ = True
+
+INSTALLED_APPS = [
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.staticfiles",
+    "drydock.accounts",
+    "drydock.jobs",
+    "drydock.documents",
+    "drydock.exports",
+    "drydock.operations",
+]
+MIDDLEWARE = [
+    "django.middleware.security.SecurityMiddleware",
+    "drydock.middleware.ContentSecurityPolicy",
+    "whitenoise.middleware.WhiteNoiseMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+TEMPLATES: list[dict[str, Any]] = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+            ]
+        },
+    }
+]
+
+# --- Databases -------------------------------------------------------------------------------------------------------
+# `default` is only another name for `core`: what does not name a database means core.
+DATABASES = CONFIG.databases | {"default": CONFIG.databases["core"] | {"TEST": {"MIRROR": "core"}}}
+DATABASE_ROUTERS = ["drydock.routers.ClusterRouter"]
+
+# --- Accounts --------------------------------------------------------------------------------------------------------
+AUTH_USER_MODEL = "accounts.User"
+LOGIN_URL = "login"
+LOGIN_REDIRECT_URL = "dashboard"
+LOGOUT_REDIRECT_URL = "login"
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": "django.contrib.auth.password_validation.MinimumLengthValidator", "OPTIONS": {"min_length": 12}},
+    {"NAME": "django.contrib.auth.password_validation.CommonPasswordValidator"},
+]
+
+# --- Security: TLS ends at the proxy, which sets X-Forwarded-Proto and is the only one that reaches our port ---------
+SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
+SECURE_HSTS_SECONDS = CONFIG.hsts_seconds
+SECURE_REFERRER_POLICY = "same-origin"
+SESSION_COOKIE_SECURE = True
+SESSION_COOKIE_HTTPONLY = True
+SESSION_COOKIE_AGE = 12 * 3600
+CSRF_COOKIE_SECURE = True
+CSRF_TRUSTED_ORIGINS = CONFIG.csrf_trusted_origins
+X_FRAME_OPTIONS = "DENY"
+DATA_UPLOAD_MAX_MEMORY_SIZE = 2 * 1024 * 1024
+SILENCED_SYSTEM_CHECKS = [
+    "security.W004",  # HSTS is the operator's decision: DRYDOCK_HSTS_SECONDS
+    "security.W005",  # … and so are its subdomains
+    "security.W008",  # the proxy redirects to HTTPS; health checks on the host speak plain HTTP
+    "security.W021",  # … and the browsers' preload list
+]
+
+# --- Static files: served by WhiteNoise straight from the installed package ------------------------------------------
+STATIC_URL = "/static/"
+WHITENOISE_USE_FINDERS = True
+WHITENOISE_AUTOREFRESH = False
+
+# --- Logs: one structured line for each event, on stderr, for the journal ---------------------------------------------
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"()": "drydock.logs.LineFormatter"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"level": "INFO", "handlers": ["stderr"]},
+    "loggers": {"django": {"level": "INFO", "handlers": [], "propagate": True}},
+}
+
+# --- Jobs and Celery -------------------------------------------------------------------------------------------------
+QUEUES = ("latex.compile", "export")
+# What a compile may need beside the engine's own time: read the source, store the PDF, apply the result.
+LATEX_TASK_TIME_LIMIT_SECONDS = CONFIG.latex_compile_timeout_seconds + 30
+EXPORT_SOFT_TIME_LIMIT_SECONDS = CONFIG.export_time_limit_seconds
+EXPORT_TASK_TIME_LIMIT_SECONDS = CONFIG.export_time_limit_seconds + 30
+
+CELERY_BROKER_URL = CONFIG.redis_url
+if CONFIG.redis_tls:
+    CELERY_BROKER_USE_SSL = {
+        "ssl_cert_reqs": ssl.CERT_REQUIRED,
+        "ssl_ca_certs": CONFIG.redis_ca_file or ssl.get_default_verify_paths().cafile,
+    }
+CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
+CELERY_BROKER_TRANSPORT_OPTIONS = {
+    # Longer than any task with its drain, or a running task would be handed out a second time.
+    "visibility_timeout": int(max(LATEX_TASK_TIME_LIMIT_SECONDS, EXPORT_TASK_TIME_LIMIT_SECONDS)) + 300,
+    # Without these a dead broker is noticed after minutes.
+    "socket_timeout": 5,
+    "socket_connect_timeout": 2,
+    "socket_keepalive": True,
+    "health_check_interval": 10,
+    # How often tasks of lost workers are looked for; the default brings them back only after minutes.
+    "unacked_restore_interval": 5,
+    # Pings overtake waiting jobs.
+    "queue_order_strategy": "priority",
+}
+CELERY_TASK_QUEUES = [Queue(name) for name in QUEUES]
+CELERY_TASK_DEFAULT_QUEUE = "export"
+CELERY_TASK_CREATE_MISSING_QUEUES = False  # a mistyped queue is an error, not a queue that nobody reads
+CELERY_TASK_DEFAULT_PRIORITY = 3  # on Redis 0 comes first: pings
+CELERY_TASK_ACKS_LATE = True  # a task of a killed worker stays in the broker …
+CELERY_TASK_REJECT_ON_WORKER_LOST = True  # … and comes back; the job's attempt cap ends a loop
+CELERY_TASK_ACKS_ON_FAILURE_OR_TIMEOUT = True  # a task that failed is not lost: its job says why
+CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # take no job that another worker could start now
+CELERY_TASK_IGNORE_RESULT = True  # results live in the job table
+CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = True  # they are handed out again: do not run them twice
+CELERY_WORKER_HIJACK_ROOT_LOGGER = False
+# The request that accepted a job does not wait for a broker that is away: the job is safe in its table.
+CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 2, "interval_start": 0.1, "interval_step": 0.2, "interval_max": 0.5}

@@ -1,0 +1,40 @@
+"""Every address of the platform."""
+
+from django.contrib.auth import views as auth_views
+from django.urls import path
+
+from drydock.accounts import views as accounts
+from drydock.documents import views as documents
+from drydock.exports import views as exports
+from drydock.operations import views as operations
+
+login_view = auth_views.LoginView.as_view(template_name="accounts/login.html", redirect_authenticated_user=True)
+
+urlpatterns = [
+    # For machines
+    path("health", operations.health),
+    path("ready", operations.ready),
+    path("webgateway/", operations.webgateway),
+    path("internal/ping", operations.ping_all),
+    path("internal/ping/<str:queue>", operations.ping_one),
+    path("internal/latex/apply", documents.apply_latex_result),
+    # For programs of people who are signed in
+    path("api/documents", documents.api_documents),
+    path("api/documents/<uuid:document_id>", documents.api_document, name="api-document"),
+    path("api/documents/<uuid:document_id>/revisions", documents.api_revisions),
+    path("api/documents/<uuid:document_id>/pdf", documents.api_document_pdf, name="api-document-pdf"),
+    path("api/exports", exports.api_exports),
+    path("api/exports/<uuid:export_id>", exports.api_export, name="api-export"),
+    path("api/exports/<uuid:export_id>/download", exports.api_export_download, name="api-export-download"),
+    # For people
+    path("", accounts.dashboard, name="dashboard"),
+    path("login", login_view, name="login"),
+    path("logout", auth_views.LogoutView.as_view(), name="logout"),
+    path("documents/", documents.documents, name="documents"),
+    path("documents/new", documents.new_document, name="new-document"),
+    path("documents/<uuid:document_id>/", documents.document, name="document"),
+    path("documents/<uuid:document_id>/pdf", documents.document_pdf, name="document-pdf"),
+    path("exports/", exports.exports, name="exports"),
+    path("exports/<uuid:export_id>/", exports.export, name="export"),
+    path("exports/<uuid:export_id>/download", exports.export_download, name="export-download"),
+]
