@@ -120,7 +120,7 @@ def process_units(contract: Mapping[str, Any], group_names: Sequence[str]) -> li
     for process in host_processes(contract, group_names):
         name = process["name"]
         template_vars = {
-            "contract_process": {
+            "__process_item": {
                 **process,
                 "argv": release_command(process["command"], paths["current"]),
                 "steps": bootstrap_steps(contract, name),

@@ -91,7 +91,7 @@ def parser(name: str) -> argparse.ArgumentParser:
 
 def replace_by(words: Sequence[str]) -> NoReturn:
     """Become another program."""
-    os.execvp(words[0], words)
+    os.execvp(words[0], list(words))
 
 
 def main(argv: Sequence[str]) -> int:
