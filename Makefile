@@ -26,7 +26,7 @@ setup: .venv/.ready ## install what the controller needs into .venv (Python pack
 	fi
 	echo "Installing $$(grep -c '^[a-z]' requirements.lock) pinned Python packages into .venv (ansible, molecule, linters; about a minute) ..."
 	python3 -m venv --clear .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock
+	.venv/bin/pip install -qq --disable-pip-version-check --require-hashes --requirement requirements.lock
 	touch $@
 
 demo: setup ## boot a real systemd host, converge a whole platform on it, deploy a release, verify it
