@@ -148,6 +148,7 @@ from ansible.module_utils.evenkeel_host import (
     describe,
     discard,
     gid_of,
+    group_name,
     lstat,
     make_directory,
     place,
@@ -159,7 +160,6 @@ from ansible.module_utils.evenkeel_host import (
     sweep,
     uid_of,
     user_name,
-    group_name,
 )
 
 ENTRY_SPEC: dict[str, dict[str, Any]] = {
@@ -285,7 +285,7 @@ class Entry:
         found = attributes_of(self.found)
         if self.kind == "link":
             return (found.uid, found.gid) != (self.wanted.uid, self.wanted.gid)
-        return found != self.wanted
+        return bool(found != self.wanted)
 
     def diffs(self) -> list[dict[str, Any]]:
         """Describe the planned change."""

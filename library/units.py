@@ -84,8 +84,9 @@ options:
         description: While this path does not exist the unit is installed and enabled, but not started.
         type: str
   changed_files:
-    description: The C(changed_files) of the M(files) task that wrote these files. In check mode the module needs them to
-      know what would have changed. Otherwise they restart a unit whose file was changed by hand, loaded and now put right.
+    description: The C(changed_files) of the M(files) task that wrote these files. In check mode the module needs them
+      to know what would have changed. Otherwise they restart a unit whose file was changed by hand, loaded by the
+      process and is now put right.
     type: list
     elements: str
   timeout_seconds:
@@ -257,9 +258,10 @@ class Systemd:
         asked = ["--timestamp=us+utc", f"--property={','.join(PROPERTIES)}", "--", *names]
         code, said = self._run(["systemctl", "show", *asked], QUERY_SECONDS)
         try:
-            return parse_show(said, names)
+            answers: dict[str, Live] = parse_show(said, names)
         except ValueError as error:
             raise UnitError(f"systemd does not answer as expected ({error}; exit {code}): {said[-500:]}") from None
+        return answers
 
     def journal(self, name: str, invocation: str) -> str:
         """Return the last lines that the unit's present invocation wrote, or else the unit's last lines."""
@@ -318,7 +320,7 @@ class Unit:
     @property
     def changed(self) -> bool:
         """Whether anything about the unit changes."""
-        return bool(self.to_write or self.removed or self.plan.changes or self.outdated)
+        return bool(self.to_write or self.removed) or self.plan.changes or self.outdated
 
     @property
     def outdated(self) -> bool:
@@ -444,15 +446,13 @@ def trigger(path: str) -> Trigger:
     """Return what a trigger file is now. Links that systemctl made beside the units do not count as files."""
     if path.startswith("/etc/systemd/system/") and not is_regular(path):
         return Trigger("absent")
-    if os.path.isdir(path):
-        digest = f"directory {os.path.realpath(path)}"
-    else:
-        digest = content_hash(path)
+    directory = os.path.isdir(path)
+    digest = f"directory {os.path.realpath(path)}" if directory else content_hash(path)
     times = [0.0]
-    for look in (os.lstat, os.stat):
+    for look in (os.lstat,) if directory else (os.lstat, os.stat):
         with contextlib.suppress(OSError):
             times.append(look(path).st_ctime)
-    return Trigger(digest, times[1] if os.path.isdir(path) and len(times) > 1 else max(times))
+    return Trigger(digest, max(times))
 
 
 def read_record(name: str) -> Record | None:

@@ -146,9 +146,7 @@ def place(staged: str, dest: str) -> None:
 def place_link(target: str, dest: str, uid: int, gid: int) -> None:
     """Make dest a symbolic link to target, replacing an older link in one step."""
     digest = hashlib.sha256(os.fsencode(os.path.basename(dest))).hexdigest()[:16]
-    staged = os.path.join(
-        os.path.dirname(dest), f"{STAGE_PREFIX}{digest}-{os.getpid()}-{secrets.token_hex(4)}"
-    )
+    staged = os.path.join(os.path.dirname(dest), f"{STAGE_PREFIX}{digest}-{os.getpid()}-{secrets.token_hex(4)}")
     os.symlink(target, staged)
     try:
         os.lchown(staged, uid, gid)

@@ -1,6 +1,9 @@
 # Copyright: Evenkeel contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What an entry of the `units` module may say, and when a unit has to be started again. Nothing here looks at a host."""
+"""What an entry of the `units` module may say, and when a unit has to be started again.
+
+Nothing here looks at a host.
+"""
 
 from __future__ import annotations
 
@@ -229,7 +232,7 @@ def parse_timestamp(text: str) -> float:
         moment = datetime.datetime.strptime(f"{words[1]} {words[2]}", form)
     except ValueError:
         return 0.0
-    return moment.replace(tzinfo=datetime.timezone.utc).timestamp()
+    return moment.replace(tzinfo=datetime.UTC).timestamp()
 
 
 def plan_unit(
@@ -329,9 +332,7 @@ def check_unit(entry: Any) -> list[str]:
     if not isinstance(entry, Mapping):
         return ["must be a mapping with name"]
     problems = [
-        f"unknown key {str(key)!r}; known are {', '.join(KEYS)}"
-        for key in sorted(entry, key=str)
-        if key not in KEYS
+        f"unknown key {str(key)!r}; known are {', '.join(KEYS)}" for key in sorted(entry, key=str) if key not in KEYS
     ]
     given = {str(key): value for key, value in entry.items() if value is not None}
     name = given.get("name")

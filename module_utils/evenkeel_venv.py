@@ -71,7 +71,7 @@ def parse_lock(data: bytes, name: str = LOCK_NAME) -> list[Requirement]:
     if not requirements:
         raise LockError(f"{name} names no package")
     if not any(requirement.name == "uv" for requirement in requirements):
-        raise LockError(f"{name} does not contain uv, which does the installation on the host; add uv and resolve it again")
+        raise LockError(f"{name} does not contain uv, which installs it on the host; add uv and resolve it again")
     return requirements
 
 
@@ -101,9 +101,7 @@ def platform_tags(architecture: str) -> list[str]:
     return [*tags, *(f"{tag}_{architecture}" for tag in old), f"linux_{architecture}"]
 
 
-def pip_command(
-    interpreter: str, lock: str, destination: str, *, python_version: str, architecture: str
-) -> list[str]:
+def pip_command(interpreter: str, lock: str, destination: str, *, python_version: str, architecture: str) -> list[str]:
     """Return the command that downloads a lock's wheels for the hosts, with the user's own pip settings."""
     platforms = [word for tag in platform_tags(architecture) for word in ("--platform", tag)]
     return [
@@ -144,18 +142,21 @@ def build_command(interpreter: str, lock: str, destination: str) -> list[str]:
 
 def format_lock(requirements: Iterable[Requirement]) -> bytes:
     """Write a lock, a package a line."""
-    lines = (" ".join([item.pin, *(f"--hash=sha256:{digest}" for digest in sorted(item.hashes))]) for item in requirements)
-    return "".join(f"{line}\n" for line in lines).encode()
+    lines = [[item.pin, *(f"--hash=sha256:{digest}" for digest in sorted(item.hashes))] for item in requirements]
+    return "".join(f"{' '.join(line)}\n" for line in lines).encode()
 
 
-def split_built(requirements: Iterable[Requirement], build: Sequence[str]) -> tuple[list[Requirement], list[Requirement]]:
+def split_built(
+    requirements: Iterable[Requirement], build: Sequence[str]
+) -> tuple[list[Requirement], list[Requirement]]:
     """Return the packages that come as wheels and those that are built from source; refuse a name the lock lacks."""
     wanted = {canonical(name) for name in build}
     everything = list(requirements)
     absent = sorted(wanted - {item.name for item in everything})
     if absent:
         raise LockError(f"build names {', '.join(absent)}, which the lock does not contain")
-    return [item for item in everything if item.name not in wanted], [item for item in everything if item.name in wanted]
+    binary = [item for item in everything if item.name not in wanted]
+    return binary, [item for item in everything if item.name in wanted]
 
 
 def with_built(requirement: Requirement, directory: str) -> Requirement:
@@ -163,7 +164,7 @@ def with_built(requirement: Requirement, directory: str) -> Requirement:
     for name in sorted(os.listdir(directory)):
         if name.endswith(".whl") and wheel_identity(name) == (requirement.name, requirement.version):
             if not name.endswith("-none-any.whl"):
-                raise LockError(f"{requirement.pin} is not pure Python ({name}); it cannot be built for another machine")
+                raise LockError(f"{requirement.pin} is not pure Python ({name}): it cannot be built here for a host")
             digest = file_digest(os.path.join(directory, name))
             return Requirement(requirement.name, requirement.version, frozenset([digest]))
     raise LockError(f"building {requirement.pin} made no wheel")
