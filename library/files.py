@@ -224,7 +224,7 @@ class Entry:
         found = self.found
         if self.kind == "absent" or self.kind == "directory":
             blocked = self._blocking_file()
-            if self.kind == "directory" and blocked and blocked not in coming:
+            if self.kind == "directory" and blocked:
                 raise EntryError(f"{blocked} exists and is not a directory")
             if self.kind == "directory" and os.path.islink(self.dest) and found is None:
                 raise EntryError(f"is a symbolic link to {self.path}, which does not exist")
