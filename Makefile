@@ -47,10 +47,13 @@ lint: setup ## ansible-lint (production), yamllint, ruff, mypy
 unit: setup ## the fast tests that need no host
 	@python -m pytest tests/unit
 
+docs: setup ## write docs/reference from the roles' specs
+	@python docs/generate.py
+
 lock: setup ## resolve requirements.lock again from pyproject.toml
 	@uv pip compile --quiet --universal --python-version 3.11 --group dev --generate-hashes --no-emit-index-url --no-header pyproject.toml --output-file requirements.lock
 
 clean: ## stop and remove every lab host (processes, mounts, bridges, nft rules); keeps secrets, releases and caches
 	@$(SUDO) python3 roles/lab/files/lab.py down --all "$(EVENKEEL_STATE)"
 
-.PHONY: help setup demo lab lab-down test lint unit lock clean
+.PHONY: help setup demo lab lab-down test lint unit docs lock clean

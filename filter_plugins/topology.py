@@ -114,7 +114,7 @@ def endpoints(topo: Mapping[str, Any], app: Mapping[str, Any], groups: Mapping[s
         "proxy": ["proxy", "proxy-http"],
         **{f"postgresql_{cluster}": [f"postgresql-{cluster}", f"postgresql-{cluster}-rest"] for cluster in CLUSTERS},
     }
-    table = [
+    table: list[dict[str, Any]] = [
         {"host": host, "service": service, "port": int(topo["ports"][service])}
         for group, services in of_group.items()
         for host in groups.get(group, [])

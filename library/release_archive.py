@@ -76,7 +76,8 @@ from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.evenkeel_release import ReleaseError, build, choose, expected_sha256, problem, read_manifest, resolve
-from ansible.module_utils.evenkeel_wheels import WheelError, wheelhouse
+from ansible.module_utils.evenkeel_venv import LockError
+from ansible.module_utils.evenkeel_wheelhouse import ARCHITECTURES, fetch
 
 
 def main() -> None:
@@ -106,10 +107,14 @@ def main() -> None:
                 commit = resolve(repository, given["ref"])
                 module.exit_json(changed=not list(directory.glob(f"*-{commit[:12]}.tar")), commit=commit)
             directory.mkdir(parents=True, exist_ok=True)
+            hosts = {"build": [], "architecture": ARCHITECTURES[0], "python_version": given["python"]}
+
+            def wheels(lock: Path) -> Path:
+                return Path(fetch(Path(given["wheelhouses"]), lock.read_bytes(), given["lock"], hosts)[1])
+
             archive, changed = build(
-                repository, given["ref"], given["app"], given["project"], given["lock"], directory, given["python"],
-                lambda lock: wheelhouse(lock, Path(given["wheelhouses"]), given["python"]),
-            )  # fmt: skip
+                repository, given["ref"], given["app"], given["project"], given["lock"], directory, given["python"], wheels
+            )
             os.utime(archive)  # the release named last is the one that `latest` means
         else:
             archive = choose(directory, given["wanted"])
@@ -120,7 +125,7 @@ def main() -> None:
         module.exit_json(
             changed=changed, archive=str(archive), id=manifest.id, sha256=expected_sha256(archive), commit=manifest.commit
         )
-    except (ReleaseError, WheelError) as error:
+    except (ReleaseError, LockError) as error:
         module.fail_json(msg=str(error))
 
 

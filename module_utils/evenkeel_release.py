@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,14 +79,6 @@ def file_at(repository: Path, commit: str, path: str) -> str:
         raise ReleaseError(f"commit {commit[:12]} has no file {path}: check app.install in the app contract") from None
 
 
-def project_version(pyproject: str) -> tuple[str, str]:
-    """(name, version) of a project from the text of its pyproject.toml."""
-    project = tomllib.loads(pyproject).get("project", {})
-    if not project.get("name") or not project.get("version"):
-        raise ReleaseError("pyproject.toml needs [project] name and a static version: the release is named after them")
-    return project["name"], project["version"]
-
-
 @contextlib.contextmanager
 def partial(directory: Path) -> Iterator[Path]:
     """A temporary folder beside what will be made, removed at the end whatever happens."""
@@ -101,7 +92,7 @@ def partial(directory: Path) -> Iterator[Path]:
 
 def build_wheel(repository: Path, commit: str, project: str, target: Path, epoch: str) -> Path:
     """The wheel of the project as it stands in that commit."""
-    with partial(target.parent) as folder:
+    with partial(target) as folder:
         archive = subprocess.run(
             ["git", "-C", str(repository), "archive", "--format=tar", commit, project], capture_output=True, check=False
         )
@@ -116,7 +107,7 @@ def build_wheel(repository: Path, commit: str, project: str, target: Path, epoch
         if built.returncode:
             raise ReleaseError(f"building {project} failed: {' / '.join(built.stderr.strip().splitlines()[-3:])}")
         (wheel,) = (folder / "out").glob("*.whl")
-        return Path(shutil.move(wheel, target / wheel.name))
+        return wheel.rename(target / wheel.name)
 
 
 def build(
@@ -135,21 +126,22 @@ def build(
     ("3.11"). download: gives a folder with the wheels of a lock file.
     """
     commit = resolve(repository, ref)
-    name, version = project_version(file_at(repository, commit, f"{project}/pyproject.toml"))
-    release = f"{version}-{commit[:12]}"
-    archive = directory / f"{release}.tar"
-    if archive.exists() and problem(archive) is None:
-        return archive, False
+    for archive in directory.glob(f"*-{commit[:12]}.tar"):
+        if problem(archive) is None:
+            return archive, False
     epoch = git(repository, "show", "--no-patch", "--format=%ct", commit)
     with partial(directory) as folder:
-        wheelhouse = folder / release / "wheelhouse"
-        wheelhouse.mkdir(parents=True)
         lock_text = file_at(repository, commit, lock)
         lock_file = folder / "requirements.lock"
         lock_file.write_text(lock_text)
-        for wheel in download(lock_file).glob("*.whl"):
+        own = build_wheel(repository, commit, project, folder, epoch)
+        name, version = own.name.split("-")[:2]
+        release = f"{version}-{commit[:12]}"
+        archive = directory / f"{release}.tar"
+        wheelhouse = folder / release / "wheelhouse"
+        wheelhouse.mkdir(parents=True)
+        for wheel in [*download(lock_file).glob("*.whl"), own]:
             shutil.copy(wheel, wheelhouse)
-        own = build_wheel(repository, commit, project, wheelhouse, epoch)
         (wheelhouse / "requirements.lock").write_text(f"{lock_text}\n{name}=={version} --hash=sha256:{sha256(own)}\n")
         files = {f"wheelhouse/{path.name}": sha256(path) for path in sorted(wheelhouse.iterdir())}
         committed = git(repository, "show", "--no-patch", "--format=%cI", commit)
@@ -209,7 +201,7 @@ def read_manifest(archive: Path) -> Manifest:
     try:
         with tarfile.open(archive) as tar:
             member = tar.extractfile(f"{release}/manifest.json")
-            data = json.load(member) if member else None
+            data = json.load(member) if member else {}
         return Manifest(**data)
     except (tarfile.TarError, KeyError, ValueError, TypeError, OSError):
         raise ReleaseError(f"{archive} is not a release archive (no readable {release}/manifest.json in it)") from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -211,3 +213,8 @@ def test_commands_state_a_reason(role: str) -> None:
             if re.match(r"\s+ansible\.builtin\.(command|shell|raw):", line):
                 start = next(n for n in range(number, -1, -1) if lines[n].lstrip().startswith("- "))
                 assert any("#" in text for text in lines[max(0, start - 3) : start]), f"{file}:{number + 1}: say why it is a command"
+
+
+def test_reference_is_generated_from_the_specs() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "docs/generate.py"), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

@@ -141,7 +141,7 @@ def recorded_process(path: Path) -> int | None:
     except (OSError, ValueError):
         return None
     alive = process_start(record["pid"])
-    return record["pid"] if alive is not None and alive == record["start"] else None
+    return int(record["pid"]) if alive is not None and alive == record["start"] else None
 
 
 def children(pid: int) -> list[int]:
@@ -192,7 +192,8 @@ def package_cache_file(state: Path) -> Path:
 
 def free_port(preferred: int | None) -> int:
     """A free loopback port below 32768 (apt-cacher-ng cannot bind a higher one), the preferred one if it can be had."""
-    for port in [*([preferred] if preferred else []), *range(31420, 32768)]:
+    candidates: list[int] = [*([preferred] if preferred else []), *range(31420, 32768)]
+    for port in candidates:
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
@@ -467,7 +468,7 @@ def supervise(directory: Path, host: str) -> int:
     status = REBOOT_EXIT_STATUS
     while status == REBOOT_EXIT_STATUS:
         # preexec_fn is safe here: this process has one thread
-        status = subprocess.run(nspawn_command(lab, host), check=False, preexec_fn=enter_groups).returncode  # noqa: PLW1509
+        status = subprocess.run(nspawn_command(lab, host), check=False, preexec_fn=enter_groups).returncode
     return status
 
 
