@@ -4,9 +4,9 @@ It binds to the sockets that systemd passes (LISTEN_FDS), else to --bind. The mo
 an incomplete environment ends here with one line for each missing variable.
 """
 
-from drydock import config
+from drydock.config import load
 
-config.load()
+load()
 
 worker_class = "gthread"
 workers = 2

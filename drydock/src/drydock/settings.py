@@ -3,7 +3,7 @@
 import ssl
 from typing import Any
 
-from kombu import Queue
+from kombu import Exchange, Queue
 
 from drydock import config
 
@@ -128,7 +128,7 @@ CELERY_BROKER_TRANSPORT_OPTIONS = {
     # Pings overtake waiting jobs.
     "queue_order_strategy": "priority",
 }
-CELERY_TASK_QUEUES = [Queue(name) for name in QUEUES]
+CELERY_TASK_QUEUES = [Queue(name, Exchange("drydock"), routing_key=name) for name in QUEUES]
 CELERY_TASK_DEFAULT_QUEUE = "export"
 CELERY_TASK_CREATE_MISSING_QUEUES = False  # a mistyped queue is an error, not a queue that nobody reads
 CELERY_TASK_DEFAULT_PRIORITY = 3  # on Redis 0 comes first: pings

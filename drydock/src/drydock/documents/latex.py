@@ -1,5 +1,6 @@
 """Compile one LaTeX source in a directory of its own, with bounded time, memory and output."""
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -141,10 +142,8 @@ def _environment(work: Path) -> dict[str, str]:
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

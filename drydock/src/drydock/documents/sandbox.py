@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Iterable
@@ -28,7 +29,7 @@ ALL_OF_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}
 ONLY_FOR_DIRECTORIES = READ_DIR | REFER | (((1 << 13) - 1) & ~(EXECUTE | WRITE_FILE | READ_FILE))
 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
-UNAVAILABLE = 78  # EX_CONFIG: the exit status that says "no sandbox here"
+UNAVAILABLE = 78  # EX_CONFIG: the exit status that says "this host cannot do it"
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -74,6 +75,10 @@ def restrict_files(writable: str) -> None:
 def main() -> None:
     """Apply the limits, then become the command."""
     limits, command = json.loads(sys.argv[1]), sys.argv[2:]
+    program = shutil.which(command[0])
+    if program is None:
+        sys.stderr.write(f"{command[0]} is not installed\n")
+        sys.exit(UNAVAILABLE)
     # When the worker is killed, nobody is left to end this process: the kernel does.
     _checked(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
     for name, value in limits.items():
@@ -83,7 +88,7 @@ def main() -> None:
     except OSError as error:
         sys.stderr.write(f"Landlock is not available ({error.strerror}): the kernel or a container's filter lacks it\n")
         sys.exit(UNAVAILABLE)
-    os.execvp(command[0], command)
+    os.execv(program, command)  # noqa: S606 - no shell is what we want
 
 
 if __name__ == "__main__":

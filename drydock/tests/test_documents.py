@@ -1,0 +1,373 @@
+"""Documents: from a POST to a PDF, and what must not happen on the way."""
+
+import dataclasses
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from django.db import transaction
+
+from browser import Answer, Browser
+from drydock import config, storage
+from drydock.accounts.models import User
+from drydock.documents import latex, service, tasks
+from drydock.documents.models import Document, Revision
+from drydock.jobs import engine
+from drydock.jobs.models import Job
+from platform_servers import TOKEN, Servers, wait_for
+
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+CYRILLIC = r"""\documentclass{article}
+\usepackage{fontspec}
+\setmainfont{DejaVu Serif}
+\usepackage[russian]{babel}
+\begin{document}
+Съешь ещё этих мягких французских булок, да выпей чаю. %s
+\end{document}
+"""
+
+
+def latin(body: str) -> str:
+    return f"\\documentclass{{article}}\\begin{{document}}x\n{body}\n\\end{{document}}\n"
+
+
+def text_of(pdf: bytes) -> str:
+    return subprocess.run(["pdftotext", "-", "-"], input=pdf, capture_output=True, check=True).stdout.decode()
+
+
+def finished(person: Browser, document: str) -> Answer:
+    def over() -> Answer | None:
+        answer = person.get(f"/api/documents/{document}")
+        return answer if answer.json["state"] != "pending" else None
+
+    answer = wait_for("the compile ending", over, 60)
+    assert isinstance(answer, Answer)
+    return answer
+
+
+def test_a_cyrillic_document_becomes_a_pdf_whose_text_is_right(sign_in: Callable[..., Browser]) -> None:
+    person = sign_in()
+    accepted = person.post("/api/documents", {"title": "Булки", "source": CYRILLIC % "Один."})
+    assert accepted.status == 201
+    document = accepted.json["id"]
+    assert (accepted.json["revision"], accepted.headers["Location"]) == (1, f"/api/documents/{document}")
+    answer = finished(person, document).json
+    assert (answer["state"], answer["job"]["state"], answer["job"]["attempt"]) == ("compiled", "done", 1), answer
+    assert answer["job"]["id"] == accepted.json["job"]
+    assert "LuaHBTeX" in Revision.objects.get(document=document).log
+    pdf = person.get(answer["pdf"]["url"])
+    assert pdf.headers["Content-Type"] == "application/pdf"
+    assert "Съешь ещё этих мягких французских булок, да выпей чаю. Один." in text_of(pdf.body)
+    assert pdf.headers["ETag"].strip('"') == hashlib.sha256(pdf.body).hexdigest()
+
+    second = person.post(f"/api/documents/{document}/revisions", {"source": CYRILLIC % "Два."})
+    assert (second.status, second.json["revision"]) == (201, 2)
+    assert finished(person, document).json["state"] == "compiled"
+    assert "Два." in text_of(person.get(f"/api/documents/{document}/pdf").body)
+
+    page = person.get(f"/documents/{document}/").text
+    assert "Булки" in page
+    assert "Compiled" in page
+    assert "Open the PDF" in page
+    assert text_of(person.get(f"/documents/{document}/pdf").body)
+
+
+def test_a_compile_error_is_told_and_the_last_good_pdf_stays(sign_in: Callable[..., Browser]) -> None:
+    person = sign_in()
+    document = person.post("/api/documents", {"title": "t", "source": latin("good")}).json["id"]
+    assert finished(person, document).json["state"] == "compiled"
+    person.post(f"/api/documents/{document}/revisions", {"source": latin(r"\nonsense")})
+    answer = finished(person, document).json
+    assert (answer["state"], answer["job"]["state"], answer["job"]["attempt"]) == ("failed", "failed", 1)
+    assert "compile error: main.tex:2: Undefined control sequence" in answer["reason"].replace("./", "")
+    assert answer["pdf"]["revision"] == 1
+    assert "good" in text_of(person.get(f"/api/documents/{document}/pdf").body)
+    page = person.get(f"/documents/{document}/").text
+    assert "Undefined control sequence" in page
+    assert "Open the PDF of revision 1" in page
+
+
+def test_documents_are_written_through_the_pages_too(sign_in: Callable[..., Browser]) -> None:
+    person = sign_in()
+    assert "Write the first one" in person.get("/documents/").text
+    assert "Привет" in person.get("/documents/new").text
+    assert "The source is empty" in person.submit("/documents/new", title="A page", source=" ").text
+    page = person.submit("/documents/new", title="A page", source=latin("page"))
+    assert (page.status, "A page" in page.text) == (200, True)
+    assert "A page" in person.get("/").text
+    assert "A page" in person.get("/documents/").text
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ({"title": "", "source": "x"}, "title must have"),
+        ({"title": "t" * 201, "source": "x"}, "title must have"),
+        ({"title": "t", "source": "  "}, "source is empty"),
+        ({"title": "t", "source": "\x00"}, "must be text"),
+        ({"title": "t", "source": "x" * (service.MAX_SOURCE_BYTES + 1)}, "at most 1 MiB"),
+        ({"title": "t", "source": 7}, "'source' must be text"),
+        ({"title": "t"}, "'source' must be text"),
+        ([], "JSON object"),
+    ],
+)
+def test_wrong_input_is_refused_with_a_sentence(reader: Browser, body: object, why: str) -> None:
+    answer = reader.post("/api/documents", body)
+    assert (answer.status, answer.json["code"]) == (400, "INVALID_INPUT")
+    assert why in answer.json["message"]
+
+
+@pytest.fixture(scope="module")
+def reader(servers: Servers) -> Browser:
+    servers.drydock("ensure_user", "--username", "reader", "--password-env", "P", P="a-long-password")
+    browser = Browser(servers.url, servers.tls)
+    browser.login("reader", "a-long-password")
+    return browser
+
+
+def test_a_document_is_its_owners_and_the_staffs(sign_in: Callable[..., Browser], reader: Browser) -> None:
+    document = sign_in().post("/api/documents", {"title": "Mine", "source": latin("x")}).json["id"]
+    for path in (f"/api/documents/{document}", f"/api/documents/{document}/pdf", f"/documents/{document}/"):
+        assert reader.get(path).status == 404
+    assert reader.post(f"/api/documents/{document}/revisions", {"source": "x"}).status == 404
+    assert sign_in(staff=True).get(f"/api/documents/{document}").status == 200
+
+
+# --- Applying a result ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch, servers: Servers) -> Document:
+    """Give a document whose jobs no worker hears of."""
+    assert servers.processes
+    monkeypatch.setattr(engine, "ring", lambda *_: None)
+    owner = User.objects.get_or_create(username="silent")[0]
+    return service.create_document(owner, "Silent", "x").document
+
+
+def claimed(revision: Revision) -> Job:
+    job = engine.claim(service.COMPILE, revision.job_id)  # type: ignore[arg-type]
+    assert job is not None
+    return job
+
+
+def report(job: Job, **more: object) -> dict[str, object]:
+    return {"job": str(job.uuid), "attempt": job.attempt, "succeeded": True, "sha256": "ab" * 32, "size": 7, **more}
+
+
+def send(servers: Servers, body: object) -> Answer:
+    return Browser(servers.url, servers.tls).post("/internal/latex/apply", body, **BEARER)
+
+
+def test_an_older_compile_never_overwrites_a_newer_one(servers: Servers, silent: Document) -> None:
+    older, newer = silent.revisions.get(number=1), service.add_revision(silent, "y")
+    older_job, newer_job = claimed(older), claimed(newer)
+    assert send(servers, report(newer_job)).status == 200
+    stale = send(servers, report(older_job))
+    assert (stale.status, stale.json["code"]) == (409, "LATEX_JOB_RESULT_INVALID")
+    assert "superseded" in stale.json["message"]
+    silent.refresh_from_db()
+    assert silent.applied == 2
+    assert Revision.objects.get(pk=older.pk).state == "pending"
+
+
+def test_a_late_attempt_is_refused(servers: Servers, silent: Document) -> None:
+    revision = silent.revisions.get()
+    first = claimed(revision)
+    Job.objects.using("core").filter(uuid=first.uuid).update(lease_until="2020-01-01T00:00Z")
+    second = claimed(revision)
+    assert (first.attempt, second.attempt) == (1, 2)
+    stale = send(servers, report(first))
+    assert (stale.status, stale.json["code"]) == (409, "LATEX_JOB_RESULT_INVALID")
+    assert send(servers, report(second)).status == 200
+    revision.refresh_from_db()
+    assert revision.pdf_key.endswith("/r1/a2.pdf")
+
+
+def test_a_result_that_is_sent_twice_is_applied_once(servers: Servers, silent: Document) -> None:
+    job = claimed(silent.revisions.get())
+    assert [send(servers, report(job)).status for _ in range(2)] == [200, 200]
+    assert send(servers, report(job, sha256="cd" * 32)).status == 409
+
+
+def test_a_result_for_nothing_or_of_no_sense_is_refused(servers: Servers, silent: Document) -> None:
+    assert send(servers, {"job": str(uuid.uuid4()), "attempt": 1, "succeeded": False, "reason": "x"}).status == 409
+    job = claimed(silent.revisions.get())
+    for nonsense in ({}, [], report(job, sha256="x"), report(job, succeeded=False), report(job, attempt="x")):
+        assert send(servers, nonsense).status == 400
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[tuple[int, str]], list[str]]]:
+    """Stand in for the web tier: give the answers of the first list, note the requests in the second."""
+    scripted: list[tuple[int, str]] = []
+    seen: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            seen.append(self.headers["Authorization"])
+            status, code = scripted[min(len(seen), len(scripted)) - 1]
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps({"code": code, "message": "because"}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    changed = dataclasses.replace(config.load(), internal_api_url=f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(config, "load", lambda: changed)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    yield scripted, seen
+    server.shutdown()
+    server.server_close()
+
+
+STALE = (409, "LATEX_JOB_RESULT_INVALID")
+
+
+@pytest.mark.parametrize(
+    ("script", "requests", "why"),
+    [
+        ([(200, "")], 1, ""),
+        ([STALE, STALE, (200, "")], 3, ""),
+        ([STALE] * 8 + [(200, "")], 9, ""),
+        ([STALE], 9, "LATEX_JOB_RESULT_INVALID: because"),
+        ([(409, "SOMETHING_ELSE")], 1, "409 SOMETHING_ELSE because"),
+        ([(500, "")], 1, "answered 500"),
+        ([(401, "UNAUTHORIZED")], 1, "answered 401 UNAUTHORIZED because"),
+    ],
+)
+def test_only_a_stale_result_is_sent_again_and_at_most_eight_times(
+    answers: tuple[list[tuple[int, str]], list[str]], script: list[tuple[int, str]], requests: int, why: str
+) -> None:
+    answers[0].extend(script)
+    if why:
+        with pytest.raises(tasks.ApplyError, match=why):
+            tasks.apply({})
+    else:
+        tasks.apply({})
+    assert answers[1] == [f"Bearer {TOKEN}"] * requests
+
+
+def test_a_refused_result_fails_the_job_and_keeps_the_reason(
+    answers: tuple[list[tuple[int, str]], list[str]], silent: Document
+) -> None:
+    answers[0].append((503, "MAINTENANCE"))
+    revision = silent.revisions.get()
+    tasks.compile_latex(str(revision.job_id))
+    revision.refresh_from_db()
+    assert revision.state == "failed"
+    assert "503 MAINTENANCE" in revision.reason
+    job = Job.objects.using("core").get(uuid=revision.job_id)
+    assert (job.state, job.reason) == ("failed", revision.reason)
+
+
+def test_a_compile_whose_storage_is_away_fails_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, silent: Document
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise ConnectionError("no storage")
+
+    monkeypatch.setattr(storage, "put", away)
+    monkeypatch.setattr(latex, "compile_source", lambda _: latex.Outcome(b"%PDF", "", ""))
+    revision = silent.revisions.get()
+    tasks.compile_latex(str(revision.job_id))
+    revision.refresh_from_db()
+    assert (revision.state, revision.reason) == ("failed", "ConnectionError: no storage")
+
+
+def test_a_revision_and_its_job_are_accepted_together_or_not_at_all(silent: Document) -> None:
+    before = Job.objects.using("core").count()
+    with pytest.raises(ZeroDivisionError), transaction.atomic(using="core"):
+        service.add_revision(silent, "y")
+        raise ZeroDivisionError
+    assert silent.revisions.count() == 1
+    assert Job.objects.using("core").count() == before
+
+
+# --- Hostile sources --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    latex.prepare_font_cache()
+    changed = dataclasses.replace(config.load(), latex_compile_timeout_seconds=3.0)
+    monkeypatch.setattr(config, "load", lambda: changed)
+
+
+def survivors() -> list[str]:
+    """Return the processes that still work in a compile's directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(config.load().data_dir / "compile") in os.readlink(process / "cwd"):
+                found.append((process / "comm").read_text())
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.usefixtures("short_compiles")
+def test_a_time_out_kills_the_whole_process_group() -> None:
+    outcomes: list[latex.Outcome] = []
+    thread = threading.Thread(target=lambda: outcomes.append(latex.compile_source(latin(r"\def\x{\x}\x"))))
+    thread.start()
+    wait_for("latexmk and its engine running", lambda: len(survivors()) >= 2, 5)
+    thread.join(10)
+    assert outcomes[0].pdf is None
+    assert outcomes[0].reason == "timed out after 3 s (LATEX_COMPILE_TIMEOUT_MS)"
+    assert survivors() == []
+    assert list((config.load().data_dir / "compile").iterdir()) == []
+
+
+HOSTILE = {
+    "shell escape": r"\immediate\write18{touch escaped.tex}\input{escaped}",
+    "a file of the system": r"\input{/etc/passwd}",
+    "a file of the system, read line by line": r"\newread\f\openin\f=/etc/passwd \ifeof\f\errmessage{refused}\fi",
+    "a file above": r"\input{../../secret}",
+    "Lua: a file of the system": r"\directlua{assert(io.open('/etc/passwd'))}",
+    "Lua: the worker's environment": r"\directlua{assert(io.open('/proc/self/environ'))}",
+    "Lua: a file outside, written": r"\directlua{assert(io.open('/tmp/drydock-test-escaped', 'w'))}",
+    "Lua: a command": r"\directlua{assert(os.execute('true') == 0)}",
+    "endless output": r"\directlua{f = io.open('big', 'w') while true do assert(f:write(string.rep('x', 1e6))) end}",
+    "endless memory": r"\directlua{t = '0123456789' while true do t = t .. t end}",
+}
+
+
+@pytest.mark.usefixtures("short_compiles")
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_source_is_a_compile_error(what: str) -> None:
+    (config.load().data_dir / "secret.tex").write_text("secret")
+    outcome = latex.compile_source(latin(HOSTILE[what]))
+    assert outcome.pdf is None, outcome.log
+    assert outcome.reason.startswith("compile error: "), outcome.reason
+    assert "root:" not in outcome.log
+    assert not Path("/tmp/drydock-test-escaped").exists()  # noqa: S108
+    assert survivors() == []
+
+
+def test_the_log_that_is_kept_is_bounded() -> None:
+    outcome = latex.compile_source(
+        latin(r"\newcount\n \loop\message{" + "x" * 70 + r"}\advance\n1 \ifnum\n<900 \repeat \oops")
+    )
+    assert len(outcome.log) <= service.MAX_LOG_CHARACTERS
+    assert "Undefined control sequence" in outcome.reason
+
+
+def test_prepare_latex_changes_nothing_twice(servers: Servers, tmp_path: Path) -> None:
+    cache = f"{tmp_path}/font-cache-pdflatex"
+    changes = {"DRYDOCK_DATA_DIR": str(tmp_path), "LATEX_ENGINE": "pdflatex"}
+    first = servers.drydock("prepare_latex", **changes)
+    assert first.stdout == f"changed {cache}\n", first.stderr
+    assert servers.drydock("prepare_latex", **changes).stdout == f"unchanged {cache}\n"
