@@ -35,7 +35,7 @@ from typing import Any
 REBOOT_EXIT_STATUS = 133  # systemd-nspawn under --keep-unit asks its caller to start it again
 BOOT_LIMIT_SECONDS = 120
 CACHE_PORT_IN_LAB = 3142
-IMAGE_VERSION = "2"
+IMAGE_VERSION = "3"
 SYSCTLS = {"net.ipv4.ip_forward": 1, "fs.inotify.max_user_instances": 1024, "fs.inotify.max_user_watches": 524288}
 
 
@@ -277,7 +277,8 @@ def build_image(lab: Lab, cache_port: int) -> tuple[Path, bool]:
         if not sources:
             raise LabError("this machine has no package sources in /etc/apt: the lab installs its hosts from them")
         run(
-            "mmdebstrap", "--variant=minbase", "--format=directory", "--quiet",
+            # a server knows its package lists, and `--check` on a fresh host needs them
+            "mmdebstrap", "--variant=minbase", "--format=directory", "--quiet", "--skip=cleanup/apt/lists",
             f"--include={','.join(lab.packages)}", *[f"--aptopt={option}" for option in options],
             f"--customize-hook={hook()} \"$1\"", lab.suite, str(partial), *sources,
         )  # fmt: skip
