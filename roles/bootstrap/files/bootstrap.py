@@ -83,9 +83,7 @@ def load_table(app: str, process: str) -> Table:
         )
         for step in data["steps"]
     ]
-    return Table(
-        data["app"], data["process"], data["user"], data["group"], tuple(sorted(steps, key=lambda step: step.name))
-    )
+    return Table(data["app"], data["process"], data["user"], data["group"], tuple(sorted(steps, key=lambda step: step.name)))
 
 
 def pick(table: Table, name: str) -> Step:
@@ -102,11 +100,7 @@ def pick(table: Table, name: str) -> Step:
 
 def missing_variables(step: Step, environment: Mapping[str, str]) -> list[str]:
     """One sentence for each variable that is absent or empty."""
-    return [
-        f"variable {name} is not set: {purpose}"
-        for name, purpose in step.environment.items()
-        if not environment.get(name)
-    ]
+    return [f"variable {name} is not set: {purpose}" for name, purpose in step.environment.items() if not environment.get(name)]
 
 
 def unwritable(path: str, user: str) -> str | None:
@@ -147,9 +141,12 @@ def make_directory(directory: Directory, uid: int, gid: int) -> None:
             try:
                 deeper = os.open(part, flags, dir_fd=place)
             except FileNotFoundError:
-                last = number == len(parts) - 1
-                os.mkdir(part, 0o700 if last else 0o755, dir_fd=place)
+                os.mkdir(part, 0o700, dir_fd=place)
                 deeper = os.open(part, flags, dir_fd=place)
+                if number < len(parts) - 1:  # one on the way: whose it is, its own parent says
+                    parent = os.fstat(place)
+                    os.fchown(deeper, parent.st_uid, parent.st_gid)
+                    os.fchmod(deeper, 0o755)
             os.close(place)
             place = deeper
         status = os.fstat(place)

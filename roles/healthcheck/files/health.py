@@ -133,7 +133,7 @@ def begin_again(state: State, invocation: str, now: float) -> State:
 
 def pause_until_next(state: State, service: Service, now: float) -> float:
     """Seconds until the next check."""
-    if state.status == "starting" and now - state.started < max(service.start_period_seconds, 30):
+    if state.status == "starting" and state.invocation and now - state.started < service.start_period_seconds:
         return min(STARTING_INTERVAL, service.interval_seconds)
     return service.interval_seconds
 
@@ -205,9 +205,7 @@ def _exchange(service: Service, credentials: Mapping[str, str], deadline: float)
         headers["Authorization"] = f"Bearer {credentials[service.bearer]}"
     target = (url.path or "/") + (f"?{url.query}" if url.query else "")
     request = f"GET {target} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
-    connection: socket.socket = socket.create_connection(
-        (host, url.port or (443 if secure else 80)), timeout=_left(deadline)
-    )
+    connection: socket.socket = socket.create_connection((host, url.port or (443 if secure else 80)), timeout=_left(deadline))
     try:
         if secure:
             connection = _tls(service.ca).wrap_socket(connection, server_hostname=host)
@@ -249,9 +247,7 @@ def check_http(service: Service, credentials: Mapping[str, str]) -> Outcome:
     return Outcome(True, f"{service.url} answered {status}")
 
 
-def command_environment(
-    service: Service, credentials: Mapping[str, str], inherited: Mapping[str, str]
-) -> dict[str, str]:
+def command_environment(service: Service, credentials: Mapping[str, str], inherited: Mapping[str, str]) -> dict[str, str]:
     """The environment of a check command: the app's own for a check with `user`, else a clean one."""
     private = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY", "LISTEN_FDS", "LISTEN_PID")
     result = {"PATH": SEARCH_PATH, "LANG": "C.UTF-8"}
@@ -550,6 +546,12 @@ def run_wait(names: Sequence[str], timeout: float, waiter: str) -> int:
     pending = pick(load_table(TABLE), names)
     credentials = load_credentials(CREDENTIALS)
     who = waiter or "the caller"
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        print(f"{who} waits no longer, because it is being stopped", flush=True)
+        os._exit(OK)  # to systemd a unit that was stopped while it waited has not failed
+
+    signal.signal(signal.SIGTERM, stop)
     start = time.monotonic()
     announced = start - 3600.0
     while True:
