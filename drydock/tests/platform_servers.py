@@ -183,6 +183,7 @@ class Servers:
         self.start_worker("latex.compile")
         self.start_worker("export")
         wait_for("web answering", lambda: self.get("/health"))
+        wait_for("both workers answering", self.ping)
 
     def start_web(self) -> None:
         """Start the web tier as a site does, but with TLS of its own in place of the proxy's."""
@@ -192,8 +193,8 @@ class Servers:
 
     def start_worker(self, queue: str) -> None:
         """Start the worker of one queue as a site does."""
-        celery = [sys.executable, "-m", "celery", "-A", "drydock.celery", "worker"]
-        options = ["-Q", queue, "-n", f"{queue}@%h", "--concurrency", "1", "--without-gossip", "--without-mingle", "-q"]
+        celery = [sys.executable, "-m", "celery", "-A", "drydock.celery", "-q", "worker"]
+        options = ["-Q", queue, "-n", f"{queue}@%h", "--concurrency", "1", "--without-gossip", "--without-mingle"]
         self.start(queue, [*celery, *options])
 
     def stop(self, name: str) -> None:
@@ -215,6 +216,14 @@ class Servers:
     def get(self, path: str) -> bytes:
         """Fetch one page."""
         with urllib.request.urlopen(self.url + path, timeout=10, context=self.tls) as response:  # noqa: S310
+            return bytes(response.read())
+
+    def ping(self) -> bytes:
+        """Ping every worker through the broker; an error when one is silent."""
+        request = urllib.request.Request(  # noqa: S310
+            f"{self.url}/internal/ping?timeout=10", b"", {"Authorization": f"Bearer {TOKEN}"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=20, context=self.tls) as response:  # noqa: S310
             return bytes(response.read())
 
     def sql(self, cluster: str, statement: str, *parameters: Any, database: str = "drydock") -> list[tuple[Any, ...]]:

@@ -161,7 +161,7 @@ def _tail(path: Path, length: int) -> str:
 
 def _first_error(log: str) -> str:
     """Return the line that the author needs to see."""
-    for line in log.splitlines():
-        if line.startswith("! ") or (":" in line and line.startswith(("./main.tex:", "main.tex:"))):
-            return line.strip()[:300]
-    return "the engine made no PDF"
+    beginnings = ("! ", "./main.tex:", "main.tex:", "[\\directlua]")
+    errors = [line.strip()[:300] for line in log.splitlines() if line.startswith(beginnings)]
+    # "Fatal error occurred" only repeats that there was one.
+    return next((line for line in errors if "==> Fatal error" not in line), "the engine made no PDF")
