@@ -148,7 +148,10 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _log(work: Path) -> str:
-    return _tail(work / "main.log", MAX_LOG_CHARACTERS) or _tail(work / ".output", MAX_LOG_CHARACTERS)
+    log = _tail(work / "main.log", 4 * MAX_LOG_CHARACTERS) or _tail(work / ".output", MAX_LOG_CHARACTERS)
+    # Hundreds of lines about fonts hide the few that an author looks for.
+    lines = [line for line in log.splitlines() if not line.startswith("LaTeX Font Info:")]
+    return "\n".join(lines)[-MAX_LOG_CHARACTERS:]
 
 
 def _tail(path: Path, length: int) -> str:
