@@ -238,6 +238,7 @@ class Systemd:
 
     def __init__(self, timeout_seconds: int) -> None:
         self.timeout_seconds = timeout_seconds
+        self.began = time.time()
         self.deadline = time.monotonic() + timeout_seconds
         self.environment = {**os.environ, "LC_ALL": "C", "SYSTEMD_COLORS": "0", "SYSTEMD_PAGER": ""}
 
@@ -264,14 +265,14 @@ class Systemd:
         return answers
 
     def journal(self, name: str, invocation: str) -> str:
-        """Return the last lines that the unit's present invocation wrote, or else the unit's last lines."""
+        """Return the last lines of the unit's present invocation, or else what was said about it in this run."""
         plain = ["journalctl", "--quiet", "--no-pager", "--no-hostname", "--output=short", f"--lines={JOURNAL_LINES}"]
         lines = ""
         if invocation:
             matches = [f"_SYSTEMD_INVOCATION_ID={invocation}", "+", f"INVOCATION_ID={invocation}"]
             _code, lines = self._run([*plain, *matches], QUERY_SECONDS)
         if not lines:
-            _code, lines = self._run([*plain, f"--unit={name}"], QUERY_SECONDS)
+            _code, lines = self._run([*plain, f"--unit={name}", f"--since=@{int(self.began)}"], QUERY_SECONDS)
         return lines or "(nothing)"
 
     def _run(self, words: list[str], seconds: float) -> tuple[int, str]:

@@ -1,0 +1,106 @@
+"""Runs tasks on the host of group `modules` and tells what came of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[3]
+INVENTORY = os.environ.get("EVENKEEL_MODULES_INVENTORY", str(ROOT / "molecule/modules/hosts.yml"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of each task, in order, and everything that was printed."""
+
+    results: list[dict[str, Any]]
+    text: str
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.results[-1]
+
+
+class Play:
+    """A folder with templates and files, and the way to run tasks with them on the host."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log = folder / "log.json"
+        for name in ("templates", "files"):
+            (folder / name).mkdir()
+
+    def source(self, kind: str, name: str, text: str | bytes) -> None:
+        data = text.encode() if isinstance(text, str) else text
+        (self.folder / kind / name).write_bytes(data)
+
+    def run(
+        self,
+        *tasks: Mapping[str, Any],
+        check: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        arguments: tuple[str, ...] = (),
+        fails: bool = False,
+    ) -> Outcome:
+        """Run tasks in one play. Unless `fails`, every task must succeed."""
+        play = {"hosts": "modules", "gather_facts": False, "become": True, "tasks": list(tasks)}
+        playbook = self.folder / "play.yml"
+        playbook.write_text(yaml.safe_dump([{**play, "vars": dict(variables or {})}], allow_unicode=True))
+        command = ["ansible-playbook", "-i", INVENTORY, str(playbook), "--diff", *arguments]
+        self.log.unlink(missing_ok=True)
+        done = subprocess.run(
+            [*command, "--check"] if check else command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            env={
+                **os.environ,
+                "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+                "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
+                "ANSIBLE_JSON_INDENT": "0",
+                "ANSIBLE_FORCE_COLOR": "0",
+                "ANSIBLE_NOCOLOR": "1",
+            },
+        )
+        text = done.stdout + done.stderr
+        start = done.stdout.find('{"custom_stats"')
+        assert start >= 0, text
+        plays = json.JSONDecoder().raw_decode(done.stdout[start:])[0]["plays"]
+        results = [next(iter(task["hosts"].values())) for each in plays for task in each["tasks"] if task["hosts"]]
+        assert (done.returncode != 0) == fails, text
+        return Outcome(results, text)
+
+    def files(self, *entries: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+        return self.run({"files": {"files": list(entries)}}, **options).last
+
+    def units(self, *entries: Mapping[str, Any], changed_files: list[str] | None = None, **options: Any) -> dict[str, Any]:
+        return self.run({"units": {"units": list(entries), "changed_files": changed_files or []}}, **options).last
+
+    def shell(self, script: str, *, fails: bool = False) -> str:
+        """Run a shell script on the host and return what it printed."""
+        answer = self.run({"ansible.builtin.shell": script}, fails=fails).last
+        return str(answer["stdout"])
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Play:
+    return Play(tmp_path)
+
+
+@pytest.fixture
+def place(play: Play) -> str:
+    """An empty folder on the host, with an odd name."""
+    path = "/srv/evk tests/ü'q"
+    quoted = path.replace("'", "'\\''")
+    play.shell(f"rm -rf '{quoted}'; mkdir -p '{quoted}'")
+    return path
