@@ -1,0 +1,147 @@
+"""The app contract: what is wrong is said in one sentence that names the place; what is right comes back complete."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from programs import ROOT, load
+
+contract_filter = load(ROOT / "filter_plugins/app_contract.py", "evk_app_contract")
+app_contract, ContractError = contract_filter.app_contract, contract_filter.ContractError
+
+GROUPS = {"all": ["a", "b"], "web": ["a", "b"], "worker": ["b"], "empty": []}
+
+APP: dict[str, Any] = {
+    "name": "pier",
+    "install": {"project": "pier", "lock": "pier/requirements.lock"},
+    "environment": {"PIER_PORT": 8000},
+    "secrets": {"PIER_KEY": "k", "PIER_TOKEN": "t"},
+    "databases": {"core": {"name": "pier"}},
+    "processes": {
+        "web": {
+            "kind": "web",
+            "hosts": "web",
+            "command": ["gunicorn", "--threads", 4],
+            "port": "8000",
+            "health": {"http": {"path": "/health", "bearer": "PIER_TOKEN"}},
+            "after": ["redis"],
+        },
+        "slow": {"kind": "worker", "hosts": "worker", "command": ["work"], "task_time_limit_seconds": 150},
+        "sweep": {"kind": "timer", "hosts": "worker", "command": ["sweep"], "on_calendar": "hourly"},
+    },
+    "bootstrap": {
+        "web": [
+            {"name": "20-later", "writable": ["/var/log/pier"]},
+            {"name": "10-web", "environment": {"PIER_KEY": "signs; set app.secrets.PIER_KEY"}},
+        ]
+    },
+    "checks": [{"name": "ping", "path": "/ping", "bearer": "PIER_TOKEN", "contains": "pong"}],
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """The contract with one value set; `...` removes it."""
+    app = copy.deepcopy(APP)
+    node: Any = app
+    *way, last = path.split("/")
+    for key in way:
+        node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+    if value is ...:
+        del node[last]
+    else:
+        node[last] = value
+    return app
+
+
+def test_a_good_contract_comes_back_complete() -> None:
+    contract = app_contract(APP, GROUPS, ["redis"])
+    web, slow, sweep = (contract["processes"][name] for name in ("web", "slow", "sweep"))
+    assert (web["unit"], web["socket"], web["port"]) == ("pier-web.service", "pier-web.socket", 8000)
+    assert web["health"] == {
+        "kind": "http",
+        "path": "/health",
+        "port": 8000,
+        "status": 200,
+        "bearer": "PIER_TOKEN",
+    }
+    assert (web["path"], web["start_period_seconds"], web["members"]) == ("/", 30, ["a", "b"])
+    assert web["command"] == ["gunicorn", "--threads", "4"]
+    assert (slow["stop_seconds"], slow["health"], slow["start_period_seconds"]) == (180, {"kind": "unit"}, 10)
+    assert (sweep["timer"], sweep["socket"]) == ("pier-sweep.timer", None)
+    assert [step["name"] for step in contract["bootstrap"]["web"]] == ["10-web", "20-later"]
+    assert contract["databases"] == {"core": {"name": "pier", "owner": "pier"}}
+    assert contract["environment"] == {"PIER_PORT": "8000"}
+    assert contract["checks"][0]["contains"] == ["pong"]
+    assert contract["checks"][0]["method"] == "GET"
+    assert contract["paths"]["secrets"] == "/etc/pier/secrets.env"
+
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("processes/web/comand", ["x"], "app.processes.web.comand: unknown name, did you mean command?"),
+    ("proceses", {}, "app.proceses: unknown name, did you mean processes?"),
+    ("install/lock", ..., "app.install.lock: is missing"),
+    ("name", "Pier!", "app.name: must be small letters"),
+    ("name", "postgres", 'app.name: "postgres" belongs to the system'),
+    ("processes", {}, "app.processes: is empty"),
+    ("processes/web/kind", "wep", 'app.processes.web.kind: "wep" is not one of web, worker, service, timer'),
+    ("processes/web/command", "gunicorn x", "app.processes.web.command: must be a list, but is a text; write [gunicorn, x]"),
+    ("processes/web/command", [], "app.processes.web.command: is empty"),
+    ("processes/web/port", "eight", "app.processes.web.port: must be a whole number, but is a text"),
+    ("processes/web/port", 70000, "app.processes.web.port: must be between 1 and 65535, but is 70000"),
+    ("processes/web/port", ..., "app.processes.web.port: is missing; a process of kind web needs it"),
+    ("processes/web/queue", "q", "app.processes.web.queue: only a process of kind worker has it, not a web"),
+    ("processes/web/notify", "yes", "app.processes.web.notify: must be true or false, but is a text"),
+    ("processes/web/hosts", "wbe", 'app.processes.web.hosts: the inventory has no group "wbe", did you mean web?'),
+    ("processes/web/hosts", "empty", 'app.processes.web.hosts: the group "empty" has no host'),
+    ("processes/web/after", ["rediss"], 'app.processes.web.after: no service "rediss" has a health check, did you mean redis?'),
+    ("processes/web/after", ["pier-web"], "app.processes.web.after: the process would wait for itself"),
+    ("processes/web/after", ["pier-slow"], "app.processes.slow.health: is missing; web on a waits"),
+    ("processes/web/health", {}, "app.processes.web.health: must have exactly one of http and command"),
+    ("processes/web/health/http/bearer", "PIER_TOKN", 'app.processes.web.health.http.bearer: app.secrets has no "PIER_TOKN"'),
+    ("processes/slow/health", {"http": {"path": "/"}}, "app.processes.slow.health.http.port: is missing"),
+    ("processes/slow/task_time_limit_seconds", ..., "app.processes.slow.task_time_limit_seconds: is missing"),
+    ("processes/sweep/on_calendar", ..., "app.processes.sweep.on_calendar: is missing"),
+    ("processes/Web", {}, 'app.processes: the name "Web" is not possible'),
+    ("secrets/PIER_KEY", "", "app.secrets.PIER_KEY: is empty"),
+    ("secrets/PIER_KEY", None, "app.secrets.PIER_KEY: is empty"),
+    ("secrets/PIER_KEY", ..., "app.bootstrap.web.10-web: PIER_KEY is not set: signs; set app.secrets.PIER_KEY"),
+    ("secrets/PIER_PORT", "1", "app.secrets.PIER_PORT: is in app.environment too"),
+    ("environment/DEBUG", True, 'app.environment.DEBUG: must be a text; write "true" or "false" in quotes'),
+    ("environment/LIST", [1], "app.environment.LIST: must be a text, but is a list"),
+    ("environment/A-B", "x", 'app.environment: the name "A-B" is not possible'),
+    ("bootstrap/sloow", [], "app.bootstrap.sloow: no such process, did you mean slow?"),
+    ("bootstrap/web/0/name", "10-web", "app.bootstrap.web.10-web: two steps have this name"),
+    ("bootstrap/web/0/writable", ["var"], "app.bootstrap.web.20-later.writable[0]: must be an absolute path"),
+    ("bootstrap/web/0/writable", ["/var/../etc"], "app.bootstrap.web.20-later.writable[0]: must be an absolute path"),
+    ("bootstrap/web/0/directories", [{"path": "/x", "mode": 750}], "directories[0].mode: must be four octal digits"),
+    ("checks/0/bearer", "NO", 'app.checks.ping.bearer: app.secrets has no "NO"'),
+    ("migrations", ["core"], "app.migrations: must be a dictionary, but is a list"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "sentence"), WRONG, ids=[f"{path}={value!r}" for path, value, _ in WRONG])
+def test_what_is_wrong_is_named(path: str, value: Any, sentence: str) -> None:
+    with pytest.raises(ContractError) as error:
+        app_contract(changed(path, value), GROUPS, ["redis", "postgresql-core"])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_two_processes_on_one_port_of_a_host() -> None:
+    app = changed("processes/web2", {**APP["processes"]["web"], "path": "/two", "hosts": "web"})
+    with pytest.raises(ContractError, match=r"app.processes.web2.port: 8000 on host a is already taken by app.processes.web"):
+        app_contract(app, GROUPS)
+
+
+def test_one_port_on_two_hosts_is_no_conflict() -> None:
+    groups = {**GROUPS, "web": ["a"], "other": ["b"]}
+    app = changed("processes/web2", {**APP["processes"]["web"], "path": "/two", "hosts": "other"})
+    assert app_contract(app, groups)["processes"]["web2"]["port"] == 8000
+
+
+def test_two_processes_for_one_path() -> None:
+    app = changed("processes/web2", {**APP["processes"]["web"], "port": 8001})
+    with pytest.raises(ContractError, match=r"app.processes.web2.path: / is already served by app.processes.web"):
+        app_contract(app, GROUPS)

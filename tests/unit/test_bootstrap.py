@@ -1,0 +1,129 @@
+"""The program that runs an application's start-up steps."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import ROOT, load
+
+bootstrap = load(ROOT / "roles/bootstrap/files/bootstrap.py", "evk_bootstrap")
+
+STEPS: list[dict[str, Any]] = [
+    {"name": "20-more", "environment": {}, "directories": [], "writable": [], "command": ["false"]},
+    {
+        "name": "10-web",
+        "environment": {"PIER_KEY": "signs sessions; set app.secrets.PIER_KEY"},
+        "directories": [],
+        "writable": [],
+        "command": [],
+    },
+]
+
+
+@pytest.fixture
+def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The steps of process web; `save` writes them."""
+    monkeypatch.setattr(bootstrap, "CONFIGURATION", tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.delenv("PIER_KEY", raising=False)
+    copied: list[dict[str, Any]] = json.loads(json.dumps(STEPS))
+    return copied
+
+
+def save(steps: list[dict[str, Any]]) -> None:
+    folder = bootstrap.CONFIGURATION / "pier/bootstrap"
+    folder.mkdir(parents=True, exist_ok=True)
+    table = {"app": "pier", "process": "web", "user": "root", "group": "root", "steps": steps}
+    (folder / "web.json").write_text(json.dumps(table))
+
+
+def test_steps_run_in_the_order_of_their_names_and_the_first_failure_ends_it(
+    steps: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    save(steps)
+    assert bootstrap.main(["--run", "pier", "web"]) == 1
+    assert capfd.readouterr().err == ("pier web: step 10-web: variable PIER_KEY is not set: signs sessions; set app.secrets.PIER_KEY\n")
+
+
+def test_an_empty_variable_counts_as_missing(
+    steps: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PIER_KEY", "")
+    save(steps)
+    assert bootstrap.main(["--run", "pier", "web", "10-web"]) == 1
+    assert "PIER_KEY is not set" in capfd.readouterr().err
+
+
+def test_a_command_that_fails_or_is_absent_is_named(
+    steps: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PIER_KEY", "k")
+    steps[0]["command"] = ["/bin/sh", "-c", "exit 3"]
+    save(steps)
+    assert bootstrap.main(["--run", "pier", "web"]) == 1
+    assert "step 20-more: /bin/sh -c 'exit 3' ended with exit code 3" in capfd.readouterr().err
+    steps[0]["command"] = ["none-such"]
+    save(steps)
+    assert bootstrap.main(["--run", "pier", "web"]) == 1
+    assert "step 20-more: none-such cannot be run" in capfd.readouterr().err
+
+
+def test_list_tells_all_that_is_missing_and_runs_nothing(
+    steps: list[dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    steps[0]["writable"] = [str(tmp_path / "none"), str(tmp_path / "file"), str(tmp_path)]
+    steps[0]["command"] = ["/bin/sh", "-c", f"touch {tmp_path}/ran"]
+    save(steps)
+    assert bootstrap.main(["--list", "pier"]) == 1
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "PIER_KEY" in lines[0]
+    assert f"directory {tmp_path}/none does not exist" in lines[1]
+    assert "file is not a directory" in lines[2]
+    assert not (tmp_path / "ran").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pier"], "no probe is left behind"
+
+
+def test_root_is_told_that_its_answer_would_mean_nothing(
+    steps: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save(steps)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert bootstrap.main(["--list", "pier"]) == 1
+    assert "pier-run /usr/local/lib/evenkeel/bootstrap.py --list pier" in capfd.readouterr().err
+
+
+def test_an_unknown_process_or_step_is_named(steps: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]) -> None:
+    save(steps)
+    assert bootstrap.main(["--run", "pier", "none"]) == 1
+    assert "run playbooks/site.yml" in capfd.readouterr().err
+    assert bootstrap.main(["--run", "pier", "web", "30-x"]) == 1
+    assert "there is no step 30-x; known are 10-web, 20-more" in capfd.readouterr().err
+
+
+def test_directories_are_made_right_twice(tmp_path: Path) -> None:
+    directory = bootstrap.Directory(str(tmp_path / "deep/er"), 0o700)
+    old = os.umask(0o077)
+    try:
+        for _ in range(2):
+            bootstrap.make_directory(directory, os.getuid(), os.getgid())
+            assert (tmp_path / "deep/er").stat().st_mode & 0o7777 == 0o700
+            assert (tmp_path / "deep").stat().st_mode & 0o7777 == 0o755
+    finally:
+        os.umask(old)
+    (tmp_path / "deep/er").chmod(0o755)
+    bootstrap.make_directory(directory, os.getuid(), os.getgid())
+    assert (tmp_path / "deep/er").stat().st_mode & 0o7777 == 0o700
+
+
+def test_a_link_on_the_way_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir(mode=0o755)
+    (tmp_path / "link").symlink_to("target")
+    with pytest.raises(OSError, match=r"link|directory"):
+        bootstrap.make_directory(bootstrap.Directory(str(tmp_path / "link"), 0o700), os.getuid(), os.getgid())
+    assert (tmp_path / "target").stat().st_mode & 0o7777 == 0o755

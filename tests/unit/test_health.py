@@ -1,0 +1,263 @@
+"""The health daemon: its state machine, its checks and its command line."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import ROOT, load
+
+health = load(ROOT / "roles/healthcheck/files/health.py", "evk_health")
+tables = load(ROOT / "filter_plugins/health.py", "evk_health_filter")
+
+GOOD, BAD = health.Outcome(True, "fine"), health.Outcome(False, "broken")
+SERVICE = health.Service("redis", "http", unit="redis.service", retries=3, start_period_seconds=10)
+
+
+def play(outcomes: list[tuple[float, Any]], service: Any = SERVICE) -> Any:
+    """The state after outcomes at these times; the service was started at 0."""
+    state = health.begin("redis", "abc", 0.0)
+    for moment, outcome in outcomes:
+        state = health.advance(state, outcome, service, moment, 0.01)
+    return state
+
+
+def test_failures_within_the_start_period_do_not_count() -> None:
+    state = play([(moment, BAD) for moment in range(10)])
+    assert (state.status, state.streak, state.message) == ("starting", 0, "broken")
+
+
+def test_the_first_success_makes_it_healthy() -> None:
+    state = play([(1, BAD), (2, GOOD)])
+    assert (state.status, state.streak, state.since) == ("healthy", 1, 2)
+
+
+def test_failures_after_a_success_count_within_the_start_period_too() -> None:
+    state = play([(1, GOOD), (2, BAD), (3, BAD)])
+    assert (state.status, state.streak) == ("healthy", -2)
+    assert health.advance(state, BAD, SERVICE, 4, 0.0).status == "unhealthy"
+
+
+def test_only_failures_in_a_row_make_it_unhealthy() -> None:
+    state = play([(11, BAD), (12, BAD), (13, GOOD), (14, BAD), (15, BAD)])
+    assert (state.status, state.streak) == ("healthy", -2)
+    state = play([(11, BAD), (12, BAD), (13, BAD), (14, BAD)])
+    assert (state.status, state.streak, state.since) == ("unhealthy", -4, 13)
+
+
+def test_one_success_makes_it_healthy_again() -> None:
+    state = play([(11, BAD), (12, BAD), (13, BAD), (20, GOOD), (30, GOOD)])
+    assert (state.status, state.streak, state.since) == ("healthy", 2, 20)
+
+
+def test_a_unit_that_does_not_run_has_no_start_period() -> None:
+    state = health.begin("redis", "", 0.0)
+    for moment in range(3):
+        state = health.advance(state, BAD, SERVICE, moment, 0.0)
+    assert state.status == "unhealthy"
+
+
+def test_a_starting_service_is_asked_more_often_but_only_while_failures_do_not_count() -> None:
+    state = health.begin("redis", "abc", 0.0)
+    assert health.pause_until_next(state, SERVICE, 5) == 1
+    assert health.pause_until_next(state, SERVICE, 11) == 10
+    assert health.pause_until_next(health.begin("redis", "", 0.0), SERVICE, 5) == 10
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers by path."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.path == "/slow":
+            for _ in range(20):  # a byte at a time: only a deadline over the whole ends this
+                self.wfile.write(b"H")
+                time.sleep(0.1)
+            return
+        if self.path == "/chunked":
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"3\r\npar\r\n3\r\nted\r\n0\r\n\r\n")
+            return
+        body = f"{self.headers['Authorization']} {self.headers['Host']} {self.headers['X-Extra']}".encode()
+        self.send_response(503 if self.path == "/down" else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+def ask(url: str, **fields: Any) -> Any:
+    service = health.Service("x", "http", url=url, timeout_seconds=1, **fields)
+    return health.check(service, {"token": "s3cret"}, "-")
+
+
+def test_http(url: str) -> None:
+    assert ask(url).passed
+    assert ask(f"{url}/down").message == f"{url}/down answered 503, expected 200"
+    assert ask(f"{url}/down", status=503).passed
+    assert ask(url, bearer="token", contains="Bearer s3cret").passed
+    assert ask(url, headers={"Host": "pier.example", "X-Extra": "1"}, contains="pier.example 1").passed
+    assert ask(f"{url}/chunked", contains="parted").passed
+    assert "without" in ask(url, contains="nowhere").message
+    assert "credential none is missing" in ask(url, bearer="none").message
+
+
+def test_http_that_never_ends_is_cut_at_the_deadline(url: str) -> None:
+    start = time.monotonic()
+    outcome = ask(f"{url}/slow")
+    assert not outcome.passed
+    assert "within 1 s" in outcome.message
+    assert time.monotonic() - start < 1.8
+
+
+def test_http_to_nobody() -> None:
+    assert "refused" in ask("http://127.0.0.1:1/").message.lower()
+
+
+def run_command(*argv: str, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> Any:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    service = health.Service("x", "command", command=list(argv), **{"timeout_seconds": 1, **fields})
+    return health.check(service, {"redis": "s3cret"}, "-")
+
+
+def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sh(script: str, **fields: Any) -> Any:
+        return run_command("/bin/sh", "-c", script, monkeypatch=monkeypatch, **fields)
+
+    assert sh("echo PONG", expected="PONG").passed
+    assert sh("echo NO", expected="PONG").message == 'sh answered without "PONG": NO'
+    assert sh("echo why; exit 2").message == "sh ended with exit code 2: why"
+    assert sh("echo $REDISCLI_AUTH", credentials={"REDISCLI_AUTH": "redis"}).message == "***"
+    assert "could not be run" in run_command("/none", monkeypatch=monkeypatch).message
+    monkeypatch.setenv("LEAK", "yes")
+    assert sh('echo "<$LEAK>"').message == "<>"
+    assert sh('echo "<$LEAK>"', user="pier").message == "<yes>"
+
+
+def test_a_command_that_hangs_is_killed_with_its_children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = f"(sleep 3; touch {tmp_path}/late) & sleep 30"
+    start = time.monotonic()
+    outcome = run_command("/bin/sh", "-c", script, monkeypatch=monkeypatch, timeout_seconds=0.3)
+    assert outcome.message == "sh did not end within 0.3 s"
+    assert time.monotonic() - start < 2
+    time.sleep(3)
+    assert not (tmp_path / "late").exists()
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A host with a table of one local and one remote service."""
+    rows = [
+        {"name": "redis", "kind": "http", "url": "http://127.0.0.1:1/", "unit": "redis.service"},
+        {"name": "far", "kind": "http", "url": "http://127.0.0.1:1/", "remote": True, "unit": "far.service"},
+    ]
+    (tmp_path / "health.json").write_text(json.dumps({"services": rows}))
+    (tmp_path / "units").mkdir()
+    (tmp_path / "units/invocation:redis.service").symlink_to("abc")
+    for name, path in (("TABLE", "health.json"), ("CREDENTIALS", "none"), ("STATES", "."), ("INVOCATIONS", "units")):
+        monkeypatch.setattr(health, name, tmp_path / path)
+    return tmp_path
+
+
+def put(host: Path, **fields: Any) -> None:
+    now = time.time()
+    state = health.State("redis", "healthy", 4, now, now, now, 0.01, "fine", "abc")
+    health.write_state(host, replace(state, **fields))
+
+
+def test_status(host: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(host)
+    assert health.main(["status"]) == 0
+    assert "redis  healthy" in capsys.readouterr().out
+    put(host, status="unhealthy", streak=-30)
+    assert health.main(["status", "--json"]) == 1
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["name"], row["status"], row["streak"]) == ("redis", "unhealthy", -30)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"streak": -1, "message": "no PONG"}, "redis (failing: no PONG)"),
+        ({"status": "starting", "message": "no PONG"}, "redis (starting: no PONG)"),
+        ({"invocation": "older"}, "redis (starting: redis.service was just started)"),
+        ({"checked": 1.0}, "is evenkeel-health.service running?"),
+    ],
+)
+def test_wait_names_whom_it_waits_for(host: Path, fields: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    put(host, **fields)
+    assert health.main(["wait", "redis", "--timeout", "0.2", "--for", "pier-web"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.startswith("pier-web waits for redis (")
+    assert reason in shown.out
+    assert shown.err.startswith("pier-web was not started: after 0 s not healthy: redis (")
+    assert "journalctl -u redis.service" in shown.err
+
+
+def test_wait_returns_when_it_becomes_healthy(host: Path) -> None:
+    put(host, status="starting")
+    threading.Timer(0.5, put, [host]).start()
+    assert health.main(["wait", "redis", "--timeout", "10"]) == 0
+
+
+def test_wait_asks_a_remote_service_itself(host: Path, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert health.main(["wait", "far", "--timeout", "0.2"]) == 1
+    assert "on its own host" in capsys.readouterr().err
+    table = json.loads((host / "health.json").read_text())
+    table["services"][1]["url"] = url
+    (host / "health.json").write_text(json.dumps(table))
+    assert health.main(["wait", "far", "--timeout", "5"]) == 0
+
+
+def test_wait_for_a_name_that_nobody_knows(host: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert health.main(["wait", "rediss"]) == 2
+    assert 'no service "rediss"' in capsys.readouterr().err
+
+
+def test_the_table_gets_the_defaults_and_refuses_nonsense() -> None:
+    defaults = {"interval_seconds": 10, "retries": 30}
+    (row,) = tables.health_table([{"name": "a", "kind": "unit", "unit": "a.service", "retries": 2}], defaults)
+    assert (row["interval_seconds"], row["retries"]) == (10, 2)
+    health.Service(**row)
+    for rows, sentence in (
+        ([{"name": "a", "kind": "http"}], "healthcheck_services.a.url: is missing"),
+        ([{"name": "a b", "kind": "unit", "unit": "x"}], 'the name "a b" is not possible'),
+        ([{"name": "a", "kind": "unit", "unit": "x"}] * 2, "two services have this name"),
+        ([{"name": "a", "kind": "unit", "unit": "x", "remote": True}], "cannot be seen from here"),
+        ([{"name": "a", "kind": "http", "url": "x", "user": "pier"}], "only a command runs as a user"),
+    ):
+        with pytest.raises(tables.HealthTableError, match=sentence):
+            tables.health_table(rows, defaults)
+
+
+def test_one_daemon_for_each_user() -> None:
+    rows = [
+        {"name": "a"},
+        {"name": "b", "user": "pier", "environment_files": ["/e", "/s"]},
+        {"name": "c", "user": "pier", "environment_files": ["/e"]},
+        {"name": "d", "user": "other", "remote": True},
+    ]
+    first, second = tables.health_watchers(rows)
+    assert (first["unit"], first["environment_files"]) == ("evenkeel-health.service", [])
+    assert (second["unit"], second["environment_files"]) == ("evenkeel-health-pier.service", ["/e", "/s"])

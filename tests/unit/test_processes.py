@@ -1,0 +1,137 @@
+"""What the contract becomes on a host: quoting that systemd undoes, units, health checks, routes; and `<app>-run`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import ROOT, load
+
+contract_filter = load(ROOT / "filter_plugins/app_contract.py", "evk_app_contract")
+processes = load(ROOT / "filter_plugins/processes.py", "evk_processes")
+run = load(ROOT / "roles/process/files/run.py", "evk_run")
+failure = load(ROOT / "roles/process/files/failure.py", "evk_failure")
+
+GROUPS = {"all": ["a", "b"], "web": ["a"], "worker": ["a", "b"]}
+ADDRESSES = {"a": "10.0.0.1", "b": "10.0.0.2"}
+CONTRACT = contract_filter.app_contract(
+    {
+        "name": "pier",
+        "install": {"project": "p", "lock": "l"},
+        "packages": ["file"],
+        "secrets": {"TOKEN": "t"},
+        "processes": {
+            "web": {
+                "kind": "web",
+                "hosts": "web",
+                "command": ["gunicorn"],
+                "port": 8000,
+                "health": {"http": {"path": "/h", "bearer": "TOKEN", "host": "pier.example"}},
+            },
+            "slow": {
+                "kind": "worker",
+                "hosts": "worker",
+                "command": ["/bin/work"],
+                "task_time_limit_seconds": 10,
+                "packages": ["latexmk"],
+                "health": {"command": ["ping"]},
+                "after": ["pier-web"],
+            },
+            "sweep": {"kind": "timer", "hosts": "worker", "command": ["sweep"], "on_calendar": "hourly"},
+        },
+        "bootstrap": {"web": [{"name": "10-web", "directories": [{"path": "/run/pier", "mode": "0755"}]}]},
+    },
+    GROUPS,
+)
+
+
+def test_argv_is_quoted_for_systemd() -> None:
+    assert processes.systemd_argv(["a", "b c", "100%", "$X", 'q"', "back\\", ""]) == 'a "b c" 100%% $$X "q\\"" "back\\\\" ""'
+
+
+@pytest.mark.parametrize("value", ["plain", "with space", 'q"uote', "back\\slash", "$dollar `tick`", "a'b", "two\nlines", "ü#;", " x "])
+def test_environment_file_gives_the_value_back(value: str) -> None:
+    line = processes.environment_file({"NAME": value})
+    assert line.endswith("\n")
+    # systemd's rules for double quotes are those of a POSIX shell.
+    assert shlex.split(line.replace("\\$", "$").replace("\\`", "`"), posix=True) == [f"NAME={value}"]
+
+
+def test_a_host_gets_the_units_of_its_groups() -> None:
+    names = [unit["name"] for unit in processes.process_units(CONTRACT, ["web", "worker"])]
+    assert names == ["pier-slow.service", "pier-sweep.service", "pier-sweep.timer", "pier-web.socket", "pier-web.service"]
+    assert [unit["name"] for unit in processes.process_units(CONTRACT, ["web"])] == ["pier-web.socket", "pier-web.service"]
+    assert processes.host_packages(CONTRACT, ["web"]) == ["file"]
+    assert processes.host_packages(CONTRACT, ["worker"]) == ["file", "latexmk"]
+    assert processes.host_packages(CONTRACT, ["proxy"]) == []
+
+
+def test_nothing_runs_before_the_first_deploy() -> None:
+    for unit in processes.process_units(CONTRACT, ["web", "worker"]):
+        if unit["name"] == "pier-sweep.service":
+            assert "state" not in unit, "its timer starts it"
+        else:
+            assert unit["requires_path"] == "/opt/pier/current"
+
+
+def test_a_declared_directory_is_made_once() -> None:
+    first, own = processes.bootstrap_steps(CONTRACT, "web")
+    assert [directory["path"] for directory in first["directories"]] == ["/var/lib/pier", "/var/log/pier"]
+    assert own["directories"] == [{"path": "/run/pier", "mode": "0755"}]
+
+
+def test_health_services_of_a_host_and_those_it_waits_for() -> None:
+    own = {entry["name"]: entry for entry in processes.contract_health_services(CONTRACT, "a", ADDRESSES)}
+    assert set(own) == {"pier-web", "pier-slow"}
+    assert own["pier-web"]["url"] == "http://10.0.0.1:8000/h"
+    assert own["pier-web"]["headers"] == {"X-Forwarded-Proto": "https", "Host": "pier.example"}
+    assert own["pier-slow"]["command"] == ["/opt/pier/current/venv/bin/ping"]
+    assert own["pier-slow"]["user"] == "pier"
+    other = {entry["name"]: entry for entry in processes.contract_health_services(CONTRACT, "b", ADDRESSES)}
+    assert other["pier-web"]["remote"] is True
+    assert processes.contract_credentials(CONTRACT) == {"TOKEN": "t"}
+
+
+def test_routes() -> None:
+    server = {"name": "a", "address": "10.0.0.1", "port": 8000}
+    assert processes.contract_routes(CONTRACT, ADDRESSES) == [{"name": "pier-web", "path": "/", "servers": [server]}]
+
+
+SETTINGS: dict[str, Any] = {
+    "user": "pier",
+    "group": "pier",
+    "environment_files": ["/etc/pier/environment", "/etc/pier/secrets.env"],
+    "environment": {"LANG": "C.UTF-8"},
+    "properties": ["NoNewPrivileges=yes"],
+}
+
+
+def test_run_finds_the_release_and_its_program(tmp_path: Path) -> None:
+    program = tmp_path / "releases/r1/venv/bin/tool"
+    program.parent.mkdir(parents=True)
+    program.write_text("")
+    program.chmod(0o755)
+    settings = {**SETTINGS, "releases": str(tmp_path / "releases"), "current": str(tmp_path / "current")}
+    with pytest.raises(run.RunError, match="nothing is deployed here yet"):
+        run.release_directory(settings, "current")
+    with pytest.raises(run.RunError, match="release r2 is not on this host; here are: r1"):
+        run.release_directory(settings, "r2")
+    with pytest.raises(run.RunError, match="is not the id of a release"):
+        run.release_directory(settings, "../etc")
+    (tmp_path / "current").symlink_to("releases/r1")
+    release = run.release_directory(settings, "current")
+    assert release == tmp_path / "releases/r1"
+    argv = run.systemd_run(settings, release, ["tool", "$HOME"], 60)
+    assert argv[-3:] == ["--", str(program), "$$HOME"]
+    assert "--property=EnvironmentFile=/etc/pier/secrets.env" in argv
+    with pytest.raises(run.RunError, match="none-such is neither in"):
+        run.systemd_run(settings, release, ["none-such"], 60)
+
+
+def test_failure_says_what_happened_and_what_to_type() -> None:
+    facts = {"Result": "exit-code", "ExecMainStatus": "3", "NRestarts": "20"}
+    line = failure.sentence("pier-web.service", facts, "no database.")
+    assert line.startswith("pier-web.service has failed after 20 restarts (exit-code, exit status 3): no database. Next: ")
+    assert "journalctl -u pier-web.service" in line
