@@ -129,7 +129,7 @@ def process_units(contract: Mapping[str, Any], group_names: Sequence[str]) -> li
         }
         service: dict[str, Any] = {"name": process["unit"], "template": "process.service.j2", "vars": template_vars}
         running = {"enabled": True, "state": "started", "requires_path": paths["current"]}
-        triggers = [paths["environment"], paths["secrets"], f"{paths['bootstrap']}/{name}.json"]
+        triggers = [paths["current"], paths["environment"], paths["secrets"], f"{paths['bootstrap']}/{name}.json"]
         if process["kind"] == "timer":
             timer = {"name": process["timer"], "template": "process.timer.j2", "vars": template_vars}
             units += [service, {**timer, **running}]

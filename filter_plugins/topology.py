@@ -42,9 +42,7 @@ PORTS = {
 CLUSTERS = ("core", "plugins")
 
 
-def topology(
-    groups: Mapping[str, Sequence[str]], addresses: Mapping[str, str], ports: Mapping[str, int] | None = None
-) -> dict[str, Any]:
+def topology(groups: Mapping[str, Sequence[str]], addresses: Mapping[str, str], ports: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Who is where.
 
     groups: the inventory's groups (host names). addresses: IP address of each host. ports: TCP ports that differ from `PORTS`.
@@ -55,7 +53,7 @@ def topology(
     """
     unknown = sorted(set(ports or {}) - set(PORTS))
     if unknown:
-        raise AnsibleFilterError(f"topology_ports names unknown services: {', '.join(unknown)}. Known are: {', '.join(PORTS)}")
+        raise AnsibleFilterError(f"platform_ports names unknown services: {', '.join(unknown)}. Known are: {', '.join(PORTS)}")
     for group, purpose in GROUPS.items():
         if not groups.get(group):
             raise AnsibleFilterError(
@@ -97,9 +95,7 @@ def topology(
 def libpq_url(service: Mapping[str, Any], user: str, database: str, ca_file: str) -> str:
     """A libpq connection URL without password that names every member and asks for the primary, over verified TLS."""
     hosts = ",".join(f"{member['name']}:{service['port']}" for member in service["members"])
-    return (
-        f"postgresql://{user}@{hosts}/{database}?target_session_attrs=read-write&sslmode=verify-full&sslrootcert={ca_file}"
-    )
+    return f"postgresql://{user}@{hosts}/{database}?target_session_attrs=read-write&sslmode=verify-full&sslrootcert={ca_file}"
 
 
 def endpoints(topo: Mapping[str, Any], app: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
@@ -132,10 +128,55 @@ def endpoints(topo: Mapping[str, Any], app: Mapping[str, Any], groups: Mapping[s
         if place in taken:
             raise AnsibleFilterError(
                 f"port conflict on host '{row['host']}': {taken[place]} and {row['service']} both want TCP port {row['port']}. "
-                f"Change one in topology_ports or in app.processes.<name>.port"
+                f"Change one in platform_ports or in app.processes.<name>.port"
             )
         taken[place] = row["service"]
     return table
+
+
+def platform_health_services(topo: Mapping[str, Any], host: str, contract: Mapping[str, Any], pki_dir: str) -> list[dict[str, Any]]:
+    """Entries of `healthcheck_services` for a host: what runs there, and (`remote`) what its processes wait for elsewhere (H3).
+
+    contract: the normalised app contract. The application's own rows come from `contract_health_services`.
+    """
+    ca = f"{pki_dir}/ca.crt"
+    database = next(iter(contract["databases"].values()), {"name": "postgres", "owner": "postgres"})
+
+    def row(name: str, address: str, port: int) -> dict[str, Any]:
+        if name == "etcd":
+            url = f"http://127.0.0.1:{topo['ports']['etcd-metrics']}/health"
+            return {"unit": "etcd.service", "kind": "http", "url": url, "contains": '"health":"true"'}
+        if name == "redis":
+            command = ["redis-cli", "--tls", "--cacert", ca, "-h", address, "-p", str(port), "--user", "health", "PING"]
+            credentials = {"REDISCLI_AUTH": "redis-health"}
+            unit = "redis-server.service"
+            return {"unit": unit, "kind": "command", "command": command, "credentials": credentials, "expected": "PONG"}
+        if name == "object-storage":
+            url = f"https://{address}:{port}/"
+            return {"unit": "object-storage.service", "kind": "http", "url": url, "ca": ca, "status": 403}  # no credentials: refused
+        if name == "proxy":
+            return {"unit": "nginx.service", "kind": "http", "url": f"https://{address}:{port}/nginx-health", "ca": ca}
+        cluster = name.removeprefix("postgresql-")
+        owned = contract["databases"].get(cluster, database)
+        command = ["pg_isready", "-h", address, "-p", str(port), "-U", owned["owner"], "-d", owned["name"]]
+        return {"unit": f"patroni@{cluster}.service", "kind": "command", "command": command}
+
+    places = {
+        "etcd": topo["etcd"],
+        **{f"postgresql-{cluster}": topo["postgresql"][cluster] for cluster in CLUSTERS},
+        "redis": topo["redis"],
+        "object-storage": topo["object_storage"],
+        "proxy": topo["proxy"],
+    }
+    wanted = {name for process in contract["processes"].values() if host in process["members"] for name in process["after"]}
+    services = []
+    for name, place in places.items():
+        here = host in [member["name"] for member in place["members"]]
+        if here or (name in wanted and place["members"]):
+            address = topo["addresses"][host] if here else place["members"][0]["address"]
+            service = {"name": name, "owner": "platform", "endpoint": f"{address}:{place['port']}", **row(name, address, place["port"])}
+            services.append(service if here else {**service, "remote": True})
+    return services
 
 
 def empty_secrets(secrets: Mapping[str, Any]) -> list[str]:
@@ -147,4 +188,10 @@ class FilterModule:
     """Filters of the platform's topology."""
 
     def filters(self) -> dict[str, Any]:
-        return {"topology": topology, "libpq_url": libpq_url, "endpoints": endpoints, "empty_secrets": empty_secrets}
+        return {
+            "topology": topology,
+            "libpq_url": libpq_url,
+            "endpoints": endpoints,
+            "empty_secrets": empty_secrets,
+            "platform_health_services": platform_health_services,
+        }

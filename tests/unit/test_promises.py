@@ -158,7 +158,7 @@ INVENTORY_FILES = sorted(path for path in (ROOT / "inventories").rglob("*.yml") 
 @pytest.mark.parametrize("file", INVENTORY_FILES, ids=lambda p: str(p.relative_to(ROOT / "inventories")))
 def test_inventory_names_exist_in_specs(file: Path) -> None:
     """A mistyped `<role>_*` name in group_vars is ignored by Ansible: here it is an error."""
-    own = {"topology_ports", "topology"}
+    own = {"platform_ports", "topology"}
     for name in load(file) or {}:
         for role in ROLES:
             if name.startswith(f"{role}_") and name not in own:
