@@ -53,6 +53,23 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def extract(tar: tarfile.TarFile, folder: Path) -> None:
+    """Unpack plain files and folders, and refuse all else (`extractall(filter=)` is not in the hosts' Python 3.11.2)."""
+    for member in tar.getmembers():
+        parts = Path(member.name).parts
+        content = tar.extractfile(member)
+        if member.name.startswith("/") or ".." in parts or not (member.isdir() or (member.isreg() and content)):
+            raise ReleaseError(f"the archive holds {member.name!r}, which is no plain file or folder below it")
+        target = folder.joinpath(*parts)
+        if content is None:
+            target.mkdir(parents=True, exist_ok=True)
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as handle:
+            shutil.copyfileobj(content, handle)
+        target.chmod(0o755 if member.mode & 0o100 else 0o644)
+
+
 # --- building, on the controller -----------------------------------------------------------------------------------
 
 
@@ -99,7 +116,7 @@ def build_wheel(repository: Path, commit: str, project: str, target: Path, epoch
         if archive.returncode:
             raise ReleaseError(f"commit {commit[:12]} has no folder {project}: check app.install.project in the app contract")
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-            tar.extractall(folder, filter="data")
+            extract(tar, folder)
         command = [sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--wheel-dir", str(folder / "out"), str(folder / project)]
         built = subprocess.run(
             command, capture_output=True, text=True, check=False, env={**os.environ, "SOURCE_DATE_EPOCH": epoch}
@@ -234,7 +251,7 @@ def unpack(archive: Path, digest: str, releases: Path) -> tuple[Path, bool]:
     manifest = read_manifest(archive)
     with partial(releases) as folder:
         with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
+            extract(tar, folder)
         unpacked = folder / release
         present = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()} - {"manifest.json"}
         wrong = sorted(set(manifest.files) ^ present) or [f for f, d in manifest.files.items() if sha256(unpacked / f) != d]
