@@ -4,7 +4,7 @@ import uuid
 
 from django.db import models
 from django.db.models import F, Q
-from django.utils import timezone
+from django.db.models.functions import Now
 
 
 class Job(models.Model):
@@ -31,10 +31,11 @@ class Job(models.Model):
     attempt = models.PositiveSmallIntegerField(default=0)
     max_attempts = models.PositiveSmallIntegerField(default=1)
     lease_until = models.DateTimeField(null=True)
-    run_after = models.DateTimeField(default=timezone.now)
+    # By the database's clock, which also decides when a job is due: the hosts' clocks differ.
+    run_after = models.DateTimeField(db_default=Now())
     idempotency_key = models.CharField(max_length=200)
     reason = models.TextField(blank=True)
-    created = models.DateTimeField(default=timezone.now)
+    created = models.DateTimeField(db_default=Now())
     started = models.DateTimeField(null=True)
     finished = models.DateTimeField(null=True)
 
@@ -60,8 +61,3 @@ class Job(models.Model):
     def __str__(self) -> str:
         """Name the job for logs."""
         return f"{self.kind} {self.uuid}"
-
-    @property
-    def is_over(self) -> bool:
-        """Say whether nothing more will happen to it."""
-        return self.state in (self.State.DONE, self.State.FAILED, self.State.DEAD)

@@ -2,7 +2,7 @@
 
 import uuid
 
-import django.utils.timezone
+import django.db.models.functions.datetime
 from django.db import migrations, models
 
 
@@ -36,10 +36,10 @@ class Migration(migrations.Migration):
                 ("attempt", models.PositiveSmallIntegerField(default=0)),
                 ("max_attempts", models.PositiveSmallIntegerField(default=1)),
                 ("lease_until", models.DateTimeField(null=True)),
-                ("run_after", models.DateTimeField(default=django.utils.timezone.now)),
+                ("run_after", models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
                 ("idempotency_key", models.CharField(max_length=200)),
                 ("reason", models.TextField(blank=True)),
-                ("created", models.DateTimeField(default=django.utils.timezone.now)),
+                ("created", models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
                 ("started", models.DateTimeField(null=True)),
                 ("finished", models.DateTimeField(null=True)),
             ],
