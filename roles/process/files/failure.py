@@ -38,7 +38,7 @@ def sentence(unit: str, facts: dict[str, str], words: str) -> str:
     tries = f" after {restarts} restarts" if restarts != "0" else ""
     how = f"{facts.get('Result', 'failed')}, exit status {facts.get('ExecMainStatus', '?')}"
     return (
-        f"{unit} has failed{tries} ({how}): {words} "
+        f"{unit} has failed{tries} ({how}): {words.rstrip('.')}. "
         f"Next: journalctl -u {unit} -n 50; when the cause is gone: systemctl reset-failed {unit}; "
         f"systemctl start {unit}"
     )

@@ -80,12 +80,8 @@ def parser(name: str) -> argparse.ArgumentParser:
         description="Run a command of a release as the application's user, with the environment of its processes.",
     )
     result.add_argument("--release", default="current", metavar="ID", help="which release; default: the current one")
-    result.add_argument(
-        "--timeout", type=int, default=3600, metavar="SECONDS", help="end it after so long; default 3600"
-    )
-    result.add_argument(
-        "command", nargs=argparse.REMAINDER, help="a program of the release's venv, or an absolute path"
-    )
+    result.add_argument("--timeout", type=int, default=3600, metavar="SECONDS", help="end it after so long; default 3600")
+    result.add_argument("command", nargs=argparse.REMAINDER, help="a program of the release's venv, or an absolute path")
     return result
 
 
