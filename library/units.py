@@ -371,9 +371,7 @@ class Unit:
             before["enabled"], after["enabled"] = self.plan.disable, self.plan.enable
         if self.plan.run:
             before["state"] = self.live.active
-            after["state"] = {"start": "started", "stop": "stopped", "reload": "reloaded", "restart": "restarted"}[
-                self.plan.run
-            ]
+            after["state"] = {"start": "started", "stop": "stopped", "reload": "reloaded", "restart": "restarted"}[self.plan.run]
             if self.plan.reasons:
                 after["because_of"] = self.plan.reasons
         if self.outdated:
@@ -534,10 +532,7 @@ class Run:
         unit.erase()
 
     def _reconfigured(self, units: list[Unit]) -> bool:
-        return any(
-            unit.reenable or unit.plan.enable or unit.plan.disable or unit.plan.mask or unit.plan.unmask
-            for unit in units
-        )
+        return any(unit.reenable or unit.plan.enable or unit.plan.disable or unit.plan.mask or unit.plan.unmask for unit in units)
 
     def _configure(self, units: list[Unit]) -> None:
         for verb in ("unmask", "mask", "disable", "enable"):
@@ -558,9 +553,9 @@ class Run:
         for index, unit in enumerate(units):
             if unit.plan.waiting:
                 self.done["waiting"].append(unit.name)
-            if not unit.plan.run or problems:
+            if not (unit.plan.run or unit.plan.join) or problems:
                 continue
-            self.touched.append(unit.name)
+            self.touched += [unit.name] if unit.plan.run else []
             try:
                 self._run_unit(unit, units[index + 1 :])
                 ran += [unit] if unit.plan.run != "stop" else []
@@ -574,8 +569,9 @@ class Run:
                 problems.append(str(error))
                 continue
             unit.record(answers[unit.name])
-            key = {"start": "started", "restart": "restarted", "reload": "reloaded"}[unit.plan.run]
-            self.done[key].append(unit.name)
+            key = {"start": "started", "restart": "restarted", "reload": "reloaded"}.get(unit.plan.run)
+            if key:
+                self.done[key].append(unit.name)
         if problems:
             raise UnitError("\n".join(problems))
         self._refresh(units)
@@ -584,7 +580,7 @@ class Run:
         halted: list[str] = []
         if unit.plan.run == "restart" and unit.name.endswith(".socket"):
             halted = self._halt(unit)
-        self._job(unit, unit.plan.run)
+        self._job(unit, unit.plan.run or "start")
         followers = {other.name: other for other in later if other.state == "started"}
         for name in halted:
             if name in followers:
@@ -601,14 +597,14 @@ class Run:
         return halted
 
     def _settle(self, units: list[Unit]) -> dict[str, Live]:
-        if any(unit.plan.run != "reload" and unit.name.endswith(".service") for unit in units):
+        if any(unit.plan.run in ("start", "restart") and unit.name.endswith(".service") for unit in units):
             time.sleep(SETTLE_SECONDS)  # a simple service counts as started before it has read its configuration
         return self.systemd.show([unit.name for unit in units])
 
     def _refresh(self, units: list[Unit]) -> None:
         """Bring the records of untouched units up to their present process, which has seen the same files."""
         for unit in units:
-            if unit.state == "started" and not unit.plan.run and unit.live.running:
+            if unit.state == "started" and not unit.plan.run and not unit.plan.join and unit.live.running:
                 record = read_record(unit.name)
                 if record is None or record.invocation != unit.live.invocation:
                     unit.record(unit.live)
@@ -629,11 +625,10 @@ class Run:
     def _judge(self, unit: Unit, live: Live) -> None:
         if not live.condition and not live.running:
             raise UnitError(
-                f"{unit.name}: was not started, because a condition of its unit file is not met "
-                f"(systemctl status {unit.name} names it)"
+                f"{unit.name}: was not started, because a condition of its unit file is not met (systemctl status {unit.name} names it)"
             )
-        if live.active == "failed" or live.sub == "auto-restart" or (unit.plan.run != "reload" and live.restarts > 0):
-            head = f"{unit.name}: ended at once after {unit.plan.run}, {outcome(live)}"
+        if live.active == "failed" or live.sub == "auto-restart" or (unit.plan.run in ("start", "restart") and live.restarts > 0):
+            head = f"{unit.name}: ended at once after {unit.plan.run or 'start'}, {outcome(live)}"
             raise UnitError(f"{head}\n{self._evidence(unit.name, live)}")
 
     def _evidence(self, name: str, live: Live) -> str:
@@ -666,7 +661,7 @@ def main() -> None:
         diffs = [diff for unit in units if unit.changed for diff in unit.diffs()]
         if not module.check_mode:
             sweep(os.path.dirname(dest) for unit in units for dest in unit.contents)
-            if any(unit.changed for unit in units):
+            if any(unit.changed or unit.plan.join for unit in units):
                 run.apply()
             else:
                 run._refresh(units)

@@ -140,6 +140,7 @@ class Plan:
     run: str = ""  # start, restart, reload or stop
     reasons: list[str] = field(default_factory=list)
     waiting: bool = False
+    join: bool = False  # it is on its way up: wait for it, which changes nothing
 
     @property
     def changes(self) -> bool:
@@ -262,6 +263,7 @@ def plan_unit(
             plan.run = "start"
         else:
             _plan_running(plan, wanted, live, triggers, record, definition_changes, changed_files)
+            plan.join = not plan.run and live.active in ("activating", "reloading")
     return plan
 
 
@@ -331,9 +333,7 @@ def check_unit(entry: Any) -> list[str]:
     """Return what is wrong with one entry."""
     if not isinstance(entry, Mapping):
         return ["must be a mapping with name"]
-    problems = [
-        f"unknown key {str(key)!r}; known are {', '.join(KEYS)}" for key in sorted(entry, key=str) if key not in KEYS
-    ]
+    problems = [f"unknown key {str(key)!r}; known are {', '.join(KEYS)}" for key in sorted(entry, key=str) if key not in KEYS]
     given = {str(key): value for key, value in entry.items() if value is not None}
     name = given.get("name")
     if not isinstance(name, str) or len(name) > 200 or not _NAME.fullmatch(name):

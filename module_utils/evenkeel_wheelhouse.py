@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import re
 import shutil
 import subprocess
 import sys
@@ -86,13 +87,14 @@ def download(house: Path, lock: bytes, name: str, args: dict[str, Any]) -> None:
 def run_pip(name: str, command: list[str]) -> None:
     """Run pip; say in one line what went wrong."""
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False
-        )
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise LockError(f"pip did not finish with {name} within {DOWNLOAD_SECONDS} s") from None
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
+        wrong = re.findall(r"^ +(\S+) from .*:$", done.stderr, re.MULTILINE) if "DO NOT MATCH" in done.stderr else []
+        if wrong:
+            raise LockError(f"{name}: what pip found for {', '.join(wrong)} does not have the sha256 that the lock names")
         source = "" if "No matching distribution" not in done.stderr else " (is it published only as source? see build)"
         raise LockError(f"pip could not provide {name}: {said(' '.join(errors) or done.stderr)}{source}")
 

@@ -201,6 +201,13 @@ def test_a_unit_that_is_down_is_started(active: str) -> None:
     assert plan(dataclasses.replace(RUNNING, active=active), SAME).run == "start"
 
 
+def test_a_unit_on_its_way_up_is_waited_for() -> None:
+    coming = dataclasses.replace(RUNNING, active="activating", sub="start-pre", invocation="two")
+    done = plan(coming, SAME, triggers(conf="h2"))
+    assert (done.run, done.join, done.changes) == ("", True, False)
+    assert not plan(record=SAME).join
+
+
 def test_required_path() -> None:
     done = plan(dataclasses.replace(RUNNING, active="inactive", file_state=""), path_exists=False, enabled=True)
     assert (done.run, done.waiting, done.enable) == ("", True, True)

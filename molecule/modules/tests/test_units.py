@@ -338,7 +338,7 @@ def test_killed_while_restarting(play: Play) -> None:
     write(play, "two")
     play.shell(
         "systemd-run --quiet --collect sh -c 'for i in $(seq 200); do "
-        'p=$(pgrep -of "systemctl --no-ask-password restart"); '
+        'p=$(pgrep -of "[s]ystemctl --no-ask-password restart"); '
         'if [ -n "$p" ]; then kill -9 $(cut -d" " -f4 /proc/$p/stat) $p; exit; fi; sleep 0.05; done\''
     )
     play.units(service(content=slow), fails=True)
