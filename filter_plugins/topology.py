@@ -153,12 +153,12 @@ def platform_health_services(topo: Mapping[str, Any], host: str, contract: Mappi
             return {"unit": unit, "kind": "command", "command": command, "credentials": credentials, "expected": "PONG"}
         if name == "object-storage":
             url = f"https://{address}:{port}/"
-            return {"unit": "object-storage.service", "kind": "http", "url": url, "ca": ca, "status": 403}  # no credentials: refused
+            return {"unit": "object-storage.service", "kind": "http", "url": url, "ca": ca, "status": 400}  # unsigned: refused
         if name == "proxy":
             return {"unit": "nginx.service", "kind": "http", "url": f"https://{address}:{port}/nginx-health", "ca": ca}
         cluster = name.removeprefix("postgresql-")
         owned = contract["databases"].get(cluster, database)
-        command = ["pg_isready", "-h", address, "-p", str(port), "-U", owned["owner"], "-d", owned["name"]]
+        command = ["/usr/lib/postgresql/15/bin/pg_isready", "-h", address, "-p", str(port), "-U", owned["owner"], "-d", owned["name"]]
         return {"unit": f"patroni@{cluster}.service", "kind": "command", "command": command}
 
     places = {

@@ -434,6 +434,8 @@ def nspawn_command(lab: Lab, host: str) -> list[str]:
     return [
         "systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "--console=pipe",
         f"--directory={lab.host_dir(host) / 'root'}", f"--machine={lab.machine(host)}", f"--hostname={host}",
+        # as on a host of its own: programs may put themselves into a Landlock sandbox
+        "--system-call-filter=landlock_create_ruleset landlock_add_rule landlock_restrict_self",
         f"--network-bridge={lab.bridge}", "--resolv-conf=copy-host", "--link-journal=no", "--timezone=off",
     ]  # fmt: skip
 
