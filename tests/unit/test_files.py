@@ -289,20 +289,20 @@ def test_secret_shows_nowhere(host: Host, tmp_path: Path) -> None:
 
 
 def test_staged_file_is_never_readable_before_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    modes: list[int] = []
-    real = os.fsync
+    """The old file is open to all; the new content is not, not even for a moment."""
+    seen: list[tuple[int, int]] = []
     path = tmp_path / "a"
     path.write_text("old")
     path.chmod(0o666)
 
-    def look(descriptor: int) -> None:
-        modes.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
-        real(descriptor)
+    def look(descriptor: int, *_owner: int) -> None:
+        found = os.fstat(descriptor)
+        seen.append((stat.S_IMODE(found.st_mode), found.st_size))
 
-    monkeypatch.setattr(os, "fsync", look)
-    staged = evenkeel_host.stage(str(path), b"new", evenkeel_host.Attributes(os.getuid(), os.getgid(), 0o600))
-    assert modes == [0o600]
-    assert mode(Path(staged)) == 0o600
+    monkeypatch.setattr(os, "chown", look)
+    staged = evenkeel_host.stage(str(path), b"secret", evenkeel_host.Attributes(os.getuid(), os.getgid(), 0o640))
+    assert seen == [(0o600, 6)]
+    assert mode(Path(staged)) == 0o640
     assert path.read_text() == "old"
 
 
