@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[3]
-INVENTORY = os.environ.get("EVENKEEL_MODULES_INVENTORY", str(ROOT / "molecule/modules/hosts.yml"))
+INVENTORY = os.environ.get("EVENKEEL_MODULES_INVENTORY", str(ROOT / "molecule/modules/inventory"))
 
 
 @dataclass(frozen=True)
