@@ -142,11 +142,16 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "timeout_seconds": {"type": "int", "default": 120},
 }
 POLL_SECONDS = 0.5
+RELOAD_SECONDS = 15
 SCRAM = re.compile(r"SCRAM-SHA-256\$(\d+):([^$]+)\$([^:]+):(.+)")
 
 
 class ClusterError(Exception):
     """Something that people must put right; the text is for them."""
+
+
+class DeniedError(ClusterError):
+    """Patroni does not accept the password, or not yet."""
 
 
 def patch_of(wanted: dict[str, Any], found: dict[str, Any], whole: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -214,7 +219,8 @@ class Rest:
                 body = response.read()
         except urllib.error.HTTPError as error:
             if patch is not None or error.code != 503:
-                raise ClusterError(f"Patroni answered {error.code} to {path}: {error.read().decode(errors='replace')[:300]}") from None
+                kind = DeniedError if error.code == 401 else ClusterError
+                raise kind(f"Patroni answered {error.code} to {path}: {error.read().decode(errors='replace')[:300]}") from None
             body = error.read()
         try:
             answer = json.loads(body)
@@ -223,18 +229,31 @@ class Rest:
         return answer if isinstance(answer, dict) else {}
 
 
+def send(rest: Rest, patch: dict[str, Any]) -> None:
+    """Change the shared settings. A new password counts only when Patroni has finished its reload: give it some seconds."""
+    limit = time.monotonic() + RELOAD_SECONDS
+    while True:
+        try:
+            rest.ask("/config", patch)
+            return
+        except DeniedError:
+            if time.monotonic() > limit:
+                raise
+            time.sleep(POLL_SECONDS)
+
+
 def wait_ready(rest: Rest, seconds: int) -> dict[str, Any]:
     """Return this member's state once it runs and the cluster has a primary."""
     limit = time.monotonic() + seconds
     while True:
         try:
             member = rest.ask("/patroni")
-            state, primary = str(member.get("state")), "no primary"
+            state = str(member.get("state"))
             if state in ("running", "streaming"):
                 leaders = [each for each in rest.ask("/cluster").get("members", []) if "leader" in str(each.get("role"))]
                 if leaders and leaders[0].get("state") == "running":
                     return member
-            seen = f"this member is {state!r}, the cluster has {primary}"
+            seen = f"this member is {state!r}, the cluster has no running primary"
         except (OSError, ClusterError) as error:
             seen = f"its REST API at {rest.url} gives no answer ({getattr(error, 'reason', error)})"
         if time.monotonic() > limit:
@@ -279,7 +298,7 @@ def converge(module: AnsibleModule) -> dict[str, Any]:
     found = rest.ask("/config")
     patch = patch_of(params["settings"], found, ("postgresql", "parameters"))
     if patch and not module.check_mode:
-        rest.ask("/config", patch)
+        send(rest, patch)
         time.sleep(int(params["settings"].get("loop_wait", 5)) + 1)  # every member reads it within one round
         member = rest.ask("/patroni")
     pending = member.get("pending_restart_reason") or {}
