@@ -111,6 +111,7 @@ databases:
 import base64
 import hashlib
 import hmac
+import importlib
 import json
 import re
 import ssl
@@ -267,7 +268,7 @@ def wait_ready(rest: Rest, seconds: int) -> dict[str, Any]:
 def differences(module: AnsibleModule) -> tuple[list[str], list[str]]:
     """Return the roles and the databases that are not as wanted."""
     try:
-        import psycopg2
+        psycopg2 = importlib.import_module("psycopg2")  # absent on the controller
     except ImportError:
         raise ClusterError("this host has no python3-psycopg2, which the role installs") from None
     connection = psycopg2.connect(host="/var/run/postgresql", port=module.params["port"], user="postgres", dbname="postgres")
