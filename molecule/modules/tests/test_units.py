@@ -238,6 +238,7 @@ def test_instance_with_drop_in(play: Play) -> None:
     assert play.units(template, entry)["changed"] is False
     again = play.units({**template, "content": SLEEPER.replace("[Install]", "Environment=A=1\n[Install]")}, entry)
     assert again["restarted"] == ["evk-t@core.service"], "its template changed"
+    assert play.shell("systemctl show -p Environment -p NeedDaemonReload --value evk-t@core.service").split() == ["A=1", "no"]
     gone = play.units({"name": "evk-t@core.service", "state": "absent"}, {"name": "evk-t@.service", "state": "absent"})
     assert gone["changed_units"] == ["evk-t@core.service", "evk-t@.service"]
     assert play.shell("find /etc/systemd/system /var/lib/evenkeel -name 'evk-t*'") == ""
