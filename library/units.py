@@ -315,6 +315,7 @@ class Unit:
         self.live = Live()
         self.plan = Plan()
         self.reenable = False
+        self.restarts_before = 0
         self.removed: list[str] = []
         self.shown: list[dict[str, Any]] = []
 
@@ -581,6 +582,8 @@ class Run:
         if unit.plan.run == "restart" and unit.name.endswith(".socket"):
             halted = self._halt(unit)
         self._job(unit, unit.plan.run or "start")
+        if unit.plan.run in ("start", "restart"):  # it may have been in a loop of restarts before: those do not count
+            unit.restarts_before = self.systemd.show([unit.name])[unit.name].restarts
         followers = {other.name: other for other in later if other.state == "started"}
         for name in halted:
             if name in followers:
@@ -627,7 +630,7 @@ class Run:
             raise UnitError(
                 f"{unit.name}: was not started, because a condition of its unit file is not met (systemctl status {unit.name} names it)"
             )
-        if live.active == "failed" or live.sub == "auto-restart" or (unit.plan.run in ("start", "restart") and live.restarts > 0):
+        if live.active == "failed" or live.sub == "auto-restart" or (unit.plan.run in ("start", "restart") and live.restarts > unit.restarts_before):
             head = f"{unit.name}: ended at once after {unit.plan.run or 'start'}, {outcome(live)}"
             raise UnitError(f"{head}\n{self._evidence(unit.name, live)}")
 
