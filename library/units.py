@@ -630,7 +630,8 @@ class Run:
             raise UnitError(
                 f"{unit.name}: was not started, because a condition of its unit file is not met (systemctl status {unit.name} names it)"
             )
-        if live.active == "failed" or live.sub == "auto-restart" or (unit.plan.run in ("start", "restart") and live.restarts > unit.restarts_before):
+        ended_again = unit.plan.run in ("start", "restart") and live.restarts > unit.restarts_before
+        if live.active == "failed" or live.sub == "auto-restart" or ended_again:
             head = f"{unit.name}: ended at once after {unit.plan.run or 'start'}, {outcome(live)}"
             raise UnitError(f"{head}\n{self._evidence(unit.name, live)}")
 
