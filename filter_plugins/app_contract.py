@@ -523,8 +523,17 @@ def _filter(app: Any, groups: Mapping[str, Sequence[str]], services: Iterable[st
         raise AnsibleFilterError(str(error)) from None
 
 
+def contract_problem(app: Any, groups: Mapping[str, Sequence[str]], services: Iterable[str] | None = None) -> str:
+    """What is wrong with the contract, in one sentence; empty when nothing is."""
+    try:
+        app_contract(app, groups, services)
+    except ContractError as error:
+        return str(error)
+    return ""
+
+
 class FilterModule:
-    """Gives the filter to Ansible."""
+    """Gives the filters to Ansible."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
-        return {"app_contract": _filter}
+        return {"app_contract": _filter, "contract_problem": contract_problem}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 try:
@@ -73,6 +73,7 @@ def topology(groups: Mapping[str, Sequence[str]], addresses: Mapping[str, str], 
         return [{"name": host, "address": addresses[host]} for host in groups.get(group, [])]
 
     return {
+        "services": ["etcd", *[f"postgresql-{cluster}" for cluster in CLUSTERS], "redis", "object-storage", "proxy"],
         "addresses": {host: addresses[host] for host in groups["all"]},
         "ports": port,
         "etcd": {"members": members("etcd"), "port": port["etcd"]},
@@ -147,7 +148,7 @@ def platform_health_services(topo: Mapping[str, Any], host: str, contract: Mappi
             url = f"http://127.0.0.1:{topo['ports']['etcd-metrics']}/health"
             return {"unit": "etcd.service", "kind": "http", "url": url, "contains": '"health":"true"'}
         if name == "redis":
-            command = ["redis-cli", "--tls", "--cacert", ca, "-h", address, "-p", str(port), "--user", "health", "PING"]
+            command = ["redis-cli", "-e", "--tls", "--cacert", ca, "-h", address, "-p", str(port), "--user", "health", "PING"]
             credentials = {"REDISCLI_AUTH": "redis-health"}
             unit = "redis-server.service"
             return {"unit": unit, "kind": "command", "command": command, "credentials": credentials, "expected": "PONG"}
@@ -184,14 +185,29 @@ def empty_secrets(secrets: Mapping[str, Any]) -> list[str]:
     return sorted(name for name, value in secrets.items() if not str(value or "").strip())
 
 
+def problem_of(function: Callable[..., Any]) -> Callable[..., str]:
+    """The same function, telling what is wrong with its input in one sentence; empty when nothing is."""
+
+    def told(*arguments: Any) -> str:
+        try:
+            function(*arguments)
+        except AnsibleFilterError as error:
+            return str(error)
+        return ""
+
+    return told
+
+
 class FilterModule:
     """Filters of the platform's topology."""
 
     def filters(self) -> dict[str, Any]:
         return {
             "topology": topology,
-            "libpq_url": libpq_url,
+            "topology_problem": problem_of(topology),
             "endpoints": endpoints,
+            "endpoints_problem": problem_of(endpoints),
+            "libpq_url": libpq_url,
             "empty_secrets": empty_secrets,
             "platform_health_services": platform_health_services,
         }

@@ -1,0 +1,89 @@
+"""What users do, through nginx over TLS, on the deployed platform."""
+
+from __future__ import annotations
+
+import io
+import time
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import requests
+from conftest import secret
+from pypdf import PdfReader
+
+SOURCE = r"""
+\documentclass{article}
+\usepackage{fontspec}
+\setmainfont{DejaVu Serif}
+\begin{document}
+Привет, мир! Съешь же ещё этих мягких французских булок.
+\end{document}
+"""
+
+
+def finished(ask: Callable[[], dict[str, Any]], limit_seconds: float = 180) -> dict[str, Any]:
+    """Poll until the state is no longer pending."""
+    deadline = time.monotonic() + limit_seconds
+    while (answer := ask())["state"] == "pending":
+        assert time.monotonic() < deadline, f"still pending after {limit_seconds} s: {answer}"
+        time.sleep(0.5)
+    return answer
+
+
+def test_cyrillic_document_becomes_a_pdf_with_its_text(user: requests.Session, url: str) -> None:
+    created = user.post(f"{url}/api/documents", json={"title": "Привет", "source": SOURCE}, timeout=30)
+    assert created.status_code == 201, created.text
+    document = f"{url}/api/documents/{created.json()['id']}"
+    answer = finished(lambda: user.get(document, timeout=30).json())
+    assert answer["state"] == "compiled", answer
+    pdf = PdfReader(io.BytesIO(user.get(f"{document}/pdf", timeout=30).content))
+    text = " ".join(pdf.pages[0].extract_text().split())
+    assert "Привет, мир! Съешь же ещё этих мягких французских булок." in text
+
+
+def test_source_that_does_not_compile_says_why(user: requests.Session, url: str) -> None:
+    broken = r"\documentclass{article}\begin{document}\nosuchmacro\end{document}"
+    created = user.post(f"{url}/api/documents", json={"title": "broken", "source": broken}, timeout=30)
+    document = f"{url}/api/documents/{created.json()['id']}"
+    answer = finished(lambda: user.get(document, timeout=30).json())
+    assert answer["state"] == "failed"
+    assert "Undefined control sequence" in str(answer)
+
+
+def test_export_completes(user: requests.Session, url: str) -> None:
+    created = user.post(f"{url}/api/exports", json={"format": "zip"}, timeout=30)
+    assert created.status_code == 202, created.text
+    export = f"{url}/api/exports/{created.json()['id']}"
+    answer = finished(lambda: user.get(export, timeout=30).json())
+    assert answer["state"] == "ready", answer
+    archive = zipfile.ZipFile(io.BytesIO(user.get(f"{export}/download", timeout=30).content))
+    assert archive.testzip() is None
+    assert archive.namelist()
+
+
+def test_enqueue_ping_names_each_worker_kind(web: requests.Session, url: str) -> None:
+    token = {"Authorization": f"Bearer {secret('app_internal_token')}"}
+    answer = web.post(f"{url}/internal/ping", headers=token, timeout=30)
+    assert answer.status_code == 200, answer.text
+    kinds = answer.json()
+    assert set(kinds) == {"latex.compile", "export"}
+    assert all(kind["ok"] for kind in kinds.values())
+
+
+def test_internal_endpoints_need_the_token(web: requests.Session, url: str) -> None:
+    assert web.post(f"{url}/internal/ping", timeout=30).status_code in (401, 403)
+
+
+def test_plain_http_only_redirects(web: requests.Session, url: str) -> None:
+    answer = web.get(url.replace("https:", "http:") + "/login", timeout=30, allow_redirects=False)
+    assert answer.status_code in (301, 308)
+    assert answer.headers["Location"] == f"{url}/login"
+
+
+def test_wrong_password_does_not_log_in(web: requests.Session, url: str) -> None:
+    web.get(f"{url}/login", timeout=30)
+    form = {"username": "demo", "password": "wrong", "csrfmiddlewaretoken": web.cookies["csrftoken"]}
+    answer = web.post(f"{url}/login", data=form, headers={"Referer": f"{url}/login"}, timeout=30, allow_redirects=False)
+    assert answer.status_code == 200
+    assert "sessionid" not in web.cookies
