@@ -65,9 +65,7 @@ def load_authority(directory: Path) -> Authority | None:
         key_data = key_path.read_bytes() if key_path.exists() else None
         certificate_data = certificate_path.read_bytes() if certificate_path.exists() else None
     except OSError as error:
-        raise CaError(
-            f"the CA in {directory} cannot be read ({error.strerror}: {error.filename}). Run as the user who owns it."
-        ) from None
+        raise CaError(f"the CA in {directory} cannot be read ({error.strerror}: {error.filename}). Run as the user who owns it.") from None
     if key_data is None and certificate_data is None:
         return None
     if key_data is None:
@@ -98,8 +96,7 @@ def load_authority(directory: Path) -> Authority | None:
     mode = key_path.stat().st_mode & 0o777
     if mode & 0o077:
         raise CaError(
-            f"{key_path} may be read by others (mode {mode:04o}): whoever has it can pose as every host. "
-            f"Type: chmod 0600 {key_path}"
+            f"{key_path} may be read by others (mode {mode:04o}): whoever has it can pose as every host. Type: chmod 0600 {key_path}"
         )
     return Authority(key, certificate)
 
@@ -110,8 +107,15 @@ def make_authority(directory: Path, common_name: str, days: int) -> Authority:
     now = datetime.datetime.now(datetime.UTC)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:LONGEST_COMMON_NAME])])
     usage = x509.KeyUsage(
-        digital_signature=False, content_commitment=False, key_encipherment=False, data_encipherment=False,
-        key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
+        digital_signature=False,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=True,
+        crl_sign=True,
+        encipher_only=False,
+        decipher_only=False,
     )
     certificate = (
         x509.CertificateBuilder()
@@ -127,9 +131,7 @@ def make_authority(directory: Path, common_name: str, days: int) -> Authority:
         .sign(key, hashes.SHA256())
     )
     authority = Authority(key, certificate)
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     # The caller holds the lock, so a CA that still has its marker has signed nothing, and `usable` may start over.
     marker = directory / "ca.incomplete"
     _write(marker, b"This CA was not finished and has signed nothing. The next run replaces it.\n", 0o600)
@@ -178,8 +180,15 @@ def sign(authority: Authority, request: str, names: Sequence[str], days: int, re
             "Lower pki_renew_before_days, or make a new CA: move ca.key and ca.crt away and run again."
         )
     usage = x509.KeyUsage(
-        digital_signature=True, content_commitment=False, key_encipherment=False, data_encipherment=False,
-        key_agreement=False, key_cert_sign=False, crl_sign=False, encipher_only=False, decipher_only=False,
+        digital_signature=True,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=False,
+        crl_sign=False,
+        encipher_only=False,
+        decipher_only=False,
     )
     common = next((name for name in names if len(name) <= LONGEST_COMMON_NAME), "host")
     certificate = (
@@ -192,14 +201,10 @@ def sign(authority: Authority, request: str, names: Sequence[str], days: int, re
         .not_valid_after(end)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(usage, critical=True)
-        .add_extension(
-            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
-        )
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
         .add_extension(x509.SubjectAlternativeName([general_name(name) for name in names]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False
-        )
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False)
         .sign(authority.key, hashes.SHA256())
     )
     return certificate.public_bytes(serialization.Encoding.PEM).decode()
@@ -263,9 +268,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         names = distinct(args["names"])
         check_mode = bool(self._task.check_mode)
         try:
-            authority = usable(
-                Path(args["ca_dir"]).expanduser(), args["ca_common_name"], int(args["ca_days"]), check_mode=check_mode
-            )
+            authority = usable(Path(args["ca_dir"]).expanduser(), args["ca_common_name"], int(args["ca_days"]), check_mode=check_mode)
             sent = {
                 "names": names,
                 "renew_before_days": renew_before_days,
@@ -296,9 +299,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         return result
 
     def _call(self, action: str, sent: dict[str, Any], task_vars: dict[str, Any] | None) -> dict[str, Any]:
-        answer: dict[str, Any] = self._execute_module(
-            "certificate", module_args={**sent, "action": action}, task_vars=task_vars
-        )
+        answer: dict[str, Any] = self._execute_module("certificate", module_args={**sent, "action": action}, task_vars=task_vars)
         answer.pop("invocation", None)
         return answer
 

@@ -58,9 +58,10 @@ def contract_page() -> str:
     parts = [
         "# The app contract",
         GENERATED,
-        "One dictionary, `app`, in an inventory's `group_vars/all/app.yml` says all that the suite needs to know of an application. It is checked "
-        "before anything is changed; an unknown or mistyped name ends in one sentence that names its path. Values are ordinary templates over the "
-        "inventory: `topology` (who is where), `secrets`, `host_pki_dir`. The demo's is `inventories/demo/group_vars/all/app.yml`.",
+        "One dictionary, `app`, in an inventory's `group_vars/all/app.yml` says all that the suite needs to know of an "
+        "application. It is checked before anything is changed; an unknown or mistyped name ends in one sentence that names its "
+        "path. Values are ordinary templates over the inventory: `topology` (who is where), `secrets`, `host_pki_dir`. The demo's "
+        "is `inventories/demo/group_vars/all/app.yml`.",
         "\n".join([HEAD[0].replace("input", "name"), HEAD[1], *rows(spec["options"], "app.")]),
     ]
     return "\n\n".join(parts) + "\n"

@@ -164,18 +164,14 @@ APP = Record(
     {
         # A Debian user name, a directory and the prefix of unit names at once.
         "name": Field(Text(r"[a-z][a-z0-9-]{0,30}", "small letters, digits and dashes, at most 31"), required=True),
-        "install": Field(
-            Record({"project": Field(Text(), required=True), "lock": Field(Text(), required=True)}), required=True
-        ),
+        "install": Field(Record({"project": Field(Text(), required=True), "lock": Field(Text(), required=True)}), required=True),
         "packages": Field(WORDS, default=list),
         "environment": Field(VARIABLE, default=dict),
         "secrets": Field(VARIABLE, default=dict),
         "databases": Field(Table(Record({"name": Field(Text(), required=True)})), default=dict),
         "processes": Field(Table(PROCESS, least=1), required=True),
         "bootstrap": Field(Table(Items(STEP)), default=dict),
-        "migrations": Field(
-            Record({"django": Field(WORDS, default=list), "settings": Field(Text())}), default=lambda: {"django": []}
-        ),
+        "migrations": Field(Record({"django": Field(WORDS, default=list), "settings": Field(Text())}), default=lambda: {"django": []}),
         "checks": Field(Items(CHECK), default=list),
     }
 )
@@ -359,9 +355,7 @@ def _known_secret(name: str | None, secrets: Mapping[str, str], path: str) -> No
         raise ContractError(f'{path}: app.secrets has no "{name}", {did_you_mean(name, secrets)}')
 
 
-def _process(
-    name: str, process: dict[str, Any], app: Mapping[str, Any], groups: Mapping[str, Sequence[str]]
-) -> dict[str, Any]:
+def _process(name: str, process: dict[str, Any], app: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     path, kind = f"app.processes.{name}", process["kind"]
     for optional, kinds in ONLY_FOR.items():
         if optional in process and kind not in kinds:
@@ -412,8 +406,7 @@ def _check_paths(processes: Mapping[str, Mapping[str, Any]]) -> None:
         other = taken.setdefault(process["path"], name)
         if other != name:
             raise ContractError(
-                f"app.processes.{name}.path: {process['path']} is already served by app.processes.{other}; "
-                "give one of them another path"
+                f"app.processes.{name}.path: {process['path']} is already served by app.processes.{other}; give one of them another path"
             )
 
 
@@ -441,8 +434,7 @@ def _check_services(processes: Mapping[str, Mapping[str, Any]], app: str, servic
                 raise ContractError(f"app.processes.{name}.after: the process would wait for itself")
             if service not in known:
                 raise ContractError(
-                    f'app.processes.{name}.after: no service "{service}" has a health check, '
-                    f"{did_you_mean(service, known)}"
+                    f'app.processes.{name}.after: no service "{service}" has a health check, {did_you_mean(service, known)}'
                 )
 
 
@@ -466,9 +458,7 @@ def _bootstrap(app: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return result
 
 
-def app_contract(
-    app: Any, groups: Mapping[str, Sequence[str]], services: Iterable[str] | None = None
-) -> dict[str, Any]:
+def app_contract(app: Any, groups: Mapping[str, Sequence[str]], services: Iterable[str] | None = None) -> dict[str, Any]:
     """Check the contract against itself and the inventory's groups, and return it complete.
 
     `services`: names of the services outside the app that have a health check; with them, `after:` is checked too.
@@ -480,9 +470,7 @@ def app_contract(
     for variable in contract["environment"]:
         if variable in contract["secrets"]:
             raise ContractError(f"app.secrets.{variable}: is in app.environment too; keep it in one of them")
-    processes = {
-        key: _process(key, process, contract, groups) for key, process in sorted(contract["processes"].items())
-    }
+    processes = {key: _process(key, process, contract, groups) for key, process in sorted(contract["processes"].items())}
     _check_ports(processes)
     _check_paths(processes)
     _check_services(processes, name, services)
@@ -506,9 +494,7 @@ def app_contract(
             "run": f"/run/{name}",
             "command": f"/usr/local/sbin/{name}-run",
         },
-        "databases": {
-            cluster: {"name": database["name"], "owner": name} for cluster, database in contract["databases"].items()
-        },
+        "databases": {cluster: {"name": database["name"], "owner": name} for cluster, database in contract["databases"].items()},
         "processes": processes,
         "bootstrap": _bootstrap(contract),
     }

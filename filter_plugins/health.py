@@ -28,13 +28,9 @@ def health_table(services: Sequence[Mapping[str, Any]], defaults: Mapping[str, A
         if not service.get(needed):
             raise HealthTableError(f"{place}.{needed}: is missing; a check of kind {kind} needs it")
         if service.get("user") and (kind != "command" or service.get("credentials")):
-            raise HealthTableError(
-                f"{place}.user: only a command runs as a user, and its secrets are in environment_files"
-            )
+            raise HealthTableError(f"{place}.user: only a command runs as a user, and its secrets are in environment_files")
         if kind == "unit" and service.get("remote"):
-            raise HealthTableError(
-                f"{place}: a unit on another host cannot be seen from here; use an http or command check"
-            )
+            raise HealthTableError(f"{place}: a unit on another host cannot be seen from here; use an http or command check")
         table[name] = {**defaults, **{key: value for key, value in service.items() if value is not None}}
     return [table[name] for name in sorted(table)]
 

@@ -54,12 +54,7 @@ def host_packages(contract: Mapping[str, Any], group_names: Sequence[str]) -> li
 
 def _own_directories(contract: Mapping[str, Any]) -> list[dict[str, str]]:
     """The app's three directories, less those that a step declares itself (with another mode, perhaps)."""
-    declared = {
-        directory["path"]
-        for steps in contract["bootstrap"].values()
-        for step in steps
-        for directory in step["directories"]
-    }
+    declared = {directory["path"] for steps in contract["bootstrap"].values() for step in steps for directory in step["directories"]}
     paths = [contract["paths"][name] for name in ("state", "log", "run")]
     return [{"path": path, "mode": "0750"} for path in paths if path not in declared]
 
@@ -141,9 +136,7 @@ def process_units(contract: Mapping[str, Any], group_names: Sequence[str]) -> li
     return units
 
 
-def contract_health_services(
-    contract: Mapping[str, Any], host: str, addresses: Mapping[str, str]
-) -> list[dict[str, Any]]:
+def contract_health_services(contract: Mapping[str, Any], host: str, addresses: Mapping[str, str]) -> list[dict[str, Any]]:
     """Entries of `healthcheck_services` for this host: its own processes, and those elsewhere that they wait for.
 
     `addresses`: host -> address. A web process on several hosts is one service to those who wait for it, and the first
@@ -160,9 +153,7 @@ def contract_health_services(
     remote = [
         {**_health_entry(contract, process, addresses[process["members"][0]]), "remote": True}
         for process in contract["processes"].values()
-        if process["kind"] != "timer"
-        and f"{contract['name']}-{process['name']}" in wanted
-        and host not in process["members"]
+        if process["kind"] != "timer" and f"{contract['name']}-{process['name']}" in wanted and host not in process["members"]
     ]
     return [*own.values(), *remote]
 
@@ -206,9 +197,7 @@ def contract_routes(contract: Mapping[str, Any], addresses: Mapping[str, str]) -
         {
             "name": process["unit"].removesuffix(".service"),
             "path": process["path"],
-            "servers": [
-                {"name": host, "address": addresses[host], "port": process["port"]} for host in process["members"]
-            ],
+            "servers": [{"name": host, "address": addresses[host], "port": process["port"]} for host in process["members"]],
         }
         for process in contract["processes"].values()
         if process["kind"] == "web"

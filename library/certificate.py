@@ -190,9 +190,7 @@ def faults(ca: str, certificate: str, key: str, names: set[str], renew_before_da
     present = parse_names(said)
     if present != names:
         lost, extra = sorted(names - present), sorted(present - names)
-        found.append("; ".join(
-            [f"it lacks {', '.join(lost)}"] * bool(lost) + [f"it has {', '.join(extra)} too many"] * bool(extra)
-        ))
+        found.append("; ".join([f"it lacks {', '.join(lost)}"] * bool(lost) + [f"it has {', '.join(extra)} too many"] * bool(extra)))
     found += [f"it is not for {usage}" for usage in WANTED_USAGES if usage not in said]
     return found
 
@@ -211,9 +209,7 @@ class Host:
         """Return what each file shall have."""
         gid = gid_of(self.group)
         if gid is None:
-            raise CertificateError(
-                f"this host has no group {self.group!r}: install the package ssl-cert, or name another group"
-            )
+            raise CertificateError(f"this host has no group {self.group!r}: install the package ssl-cert, or name another group")
         public = Attributes(0, 0, 0o644)
         return {self.ca: public, self.certificate: public, self.key: Attributes(0, gid, 0o640)}
 
@@ -243,7 +239,11 @@ class Host:
             os.close(writing)
             made = subprocess.run(
                 ["openssl", "req", "-new", "-sha256", "-subj", "/CN=request", "-key", f"/dev/fd/{reading}"],
-                pass_fds=[reading], capture_output=True, text=True, check=False, timeout=30,
+                pass_fds=[reading],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=30,
             )
         finally:
             os.close(reading)

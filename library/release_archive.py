@@ -122,9 +122,7 @@ def main() -> None:
         if wrong:
             raise ReleaseError(wrong)
         manifest = read_manifest(archive)
-        module.exit_json(
-            changed=changed, archive=str(archive), id=manifest.id, sha256=expected_sha256(archive), commit=manifest.commit
-        )
+        module.exit_json(changed=changed, archive=str(archive), id=manifest.id, sha256=expected_sha256(archive), commit=manifest.commit)
     except (ReleaseError, LockError) as error:
         module.fail_json(msg=str(error))
 

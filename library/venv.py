@@ -166,8 +166,7 @@ def check_python(python: str, wanted: str) -> None:
     found = python_version(python)
     if found.split(".")[:2] != wanted.split("."):
         raise LockError(
-            f"{python} on this host is Python {found}, but the lock is for {wanted}; resolve the lock for "
-            f"{found} and set python_version"
+            f"{python} on this host is Python {found}, but the lock is for {wanted}; resolve the lock for {found} and set python_version"
         )
 
 

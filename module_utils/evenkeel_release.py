@@ -118,9 +118,7 @@ def build_wheel(repository: Path, commit: str, project: str, target: Path, epoch
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
             extract(tar, folder)
         command = [sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--wheel-dir", str(folder / "out"), str(folder / project)]
-        built = subprocess.run(
-            command, capture_output=True, text=True, check=False, env={**os.environ, "SOURCE_DATE_EPOCH": epoch}
-        )
+        built = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "SOURCE_DATE_EPOCH": epoch})
         if built.returncode:
             raise ReleaseError(f"building {project} failed: {' / '.join(built.stderr.strip().splitlines()[-3:])}")
         (wheel,) = (folder / "out").glob("*.whl")

@@ -146,9 +146,7 @@ def format_lock(requirements: Iterable[Requirement]) -> bytes:
     return "".join(f"{' '.join(line)}\n" for line in lines).encode()
 
 
-def split_built(
-    requirements: Iterable[Requirement], build: Sequence[str]
-) -> tuple[list[Requirement], list[Requirement]]:
+def split_built(requirements: Iterable[Requirement], build: Sequence[str]) -> tuple[list[Requirement], list[Requirement]]:
     """Return the packages that come as wheels and those that are built from source; refuse a name the lock lacks."""
     wanted = {canonical(name) for name in build}
     everything = list(requirements)

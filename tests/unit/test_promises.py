@@ -185,7 +185,6 @@ def test_collections_of_requirements_come_with_the_ansible_package() -> None:
     import json
 
     import ansible_collections
-
     from packaging.specifiers import SpecifierSet
 
     top = Path(next(iter(ansible_collections.__path__)))

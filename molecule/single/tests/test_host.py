@@ -49,7 +49,8 @@ def test_health_notices_a_dead_service(host: testinfra.host.Host) -> None:
 
 @pytest.mark.parametrize(("cluster", "port"), [("core", 5432), ("plugins", 5433)])
 def test_clusters_are_two_with_checksums_below_their_mount(host: testinfra.host.Host, cluster: str, port: int) -> None:
-    shown = host.check_output(f"runuser -u postgres -- psql -p {port} -Atc \"show cluster_name\" -c \"show data_directory\" -c \"show data_checksums\"")
+    questions = " ".join(f"-c 'show {name}'" for name in ("cluster_name", "data_directory", "data_checksums"))
+    shown = host.check_output(f"runuser -u postgres -- psql -p {port} -At {questions}")
     name, directory, checksums = shown.split()
     assert cluster in name
     assert directory.endswith("/pgdata")

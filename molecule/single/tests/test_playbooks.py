@@ -31,7 +31,7 @@ def test_check_mode_on_the_converged_host_changes_nothing() -> None:
 
 
 def test_check_mode_on_a_fresh_host_does_not_fail() -> None:
-    run = playbook("site", "--check", inventory=ROOT / "molecule/fresh")
+    run = playbook("site", "--check", inventory=ROOT / "molecule/fresh/inventory")
     assert (run.code, run.count("failed")) == (0, 0), run.output[-3000:]
     assert run.count("changed") > 20, "a fresh host needs nearly everything"
 

@@ -132,14 +132,24 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "key_file": {"type": "path", "required": True, "no_log": False},
     "settings": {"type": "dict", "required": True},
     "port": {"type": "int", "required": True},
-    "roles": {"type": "list", "elements": "dict", "default": [], "options": {
-        "name": {"type": "str", "required": True},
-        "password": {"type": "str", "required": True, "no_log": True},
-    }},
-    "databases": {"type": "list", "elements": "dict", "default": [], "options": {
-        "name": {"type": "str", "required": True},
-        "owner": {"type": "str", "required": True},
-    }},
+    "roles": {
+        "type": "list",
+        "elements": "dict",
+        "default": [],
+        "options": {
+            "name": {"type": "str", "required": True},
+            "password": {"type": "str", "required": True, "no_log": True},
+        },
+    },
+    "databases": {
+        "type": "list",
+        "elements": "dict",
+        "default": [],
+        "options": {
+            "name": {"type": "str", "required": True},
+            "owner": {"type": "str", "required": True},
+        },
+    },
     "timeout_seconds": {"type": "int", "default": 120},
 }
 POLL_SECONDS = 0.5
@@ -201,9 +211,7 @@ class Rest:
         self.url: str = params["url"].rstrip("/")
         context = ssl.create_default_context(cafile=params["ca_file"])
         context.load_cert_chain(params["certificate_file"], params["key_file"])
-        self.opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-        )
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
         token = base64.b64encode(f"{params['user']}:{params['password']}".encode()).decode()
         self.authorization = f"Basic {token}"
 
@@ -312,7 +320,12 @@ def converge(module: AnsibleModule) -> dict[str, Any]:
     primary = member.get("role") in ("primary", "master")
     roles, databases = differences(module) if primary else ([], [])
     result = {
-        **nothing, "changed": bool(patch), "primary": primary, "changed_settings": names_of(patch), "roles": roles, "databases": databases
+        **nothing,
+        "changed": bool(patch),
+        "primary": primary,
+        "changed_settings": names_of(patch),
+        "roles": roles,
+        "databases": databases,
     }
     if patch and module._diff:
         result["diff"] = {"before": _shown(found), "after": _shown(_merged(found, patch))}
