@@ -217,3 +217,11 @@ def test_commands_state_a_reason(role: str) -> None:
 def test_reference_is_generated_from_the_specs() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "docs/generate.py"), "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_tests_named_in_the_table_of_promises_exist() -> None:
+    table = (ROOT / "docs/reference/invariants.md").read_text()
+    for file, name in re.findall(r"`(test_\w+\.py)::(test_\w+)`", table):
+        assert f"def {name}(" in (ROOT / "molecule/single/tests" / file).read_text(), f"{file}::{name}"
+    for path in re.findall(r"`((?:tests|drydock|playbooks|filter_plugins)/[\w/.]+)`", table):
+        assert (ROOT / path).exists(), path
