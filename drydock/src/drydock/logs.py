@@ -19,3 +19,12 @@ class LineFormatter(logging.Formatter):
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
+
+
+class QuietPings(logging.Filter):
+    """Drop Celery's lines about pings that went well: health checks send one every few seconds."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record is kept."""
+        routine = record.levelno <= logging.INFO and record.name.startswith("celery.")
+        return not (routine and "drydock.operations.broker.ping[" in record.getMessage())

@@ -96,7 +96,8 @@ LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
     "formatters": {"line": {"()": "drydock.logs.LineFormatter"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "filters": {"pings": {"()": "drydock.logs.QuietPings"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["pings"]}},
     "root": {"level": "INFO", "handlers": ["stderr"]},
     "loggers": {"django": {"level": "INFO", "handlers": [], "propagate": True}},
 }
