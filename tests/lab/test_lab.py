@@ -1,0 +1,195 @@
+"""The lab's own promises, on real hosts: idempotent, side by side, finished after a kill, removed without a trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "roles/lab/files/lab.py"
+STATE = Path(os.environ.get("EVENKEEL_STATE") or Path.home() / ".local/state/evenkeel")
+SUDO = [] if os.geteuid() == 0 else ["sudo"]
+
+
+def run(*argv: str, check: bool = True) -> str:
+    done = subprocess.run([*SUDO, *argv], capture_output=True, text=True, timeout=300, check=False)
+    assert not check or done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@dataclass
+class Lab:
+    """A lab of the tests' own, below the usual state folder so that the base image is shared."""
+
+    name: str
+    subnet: str
+
+    @property
+    def hosts(self) -> dict[str, str]:
+        return {f"{self.name}-{n}": self.subnet.replace("0/24", str(10 + n)) for n in (1, 2)}
+
+    @property
+    def directory(self) -> Path:
+        return STATE / "labs" / self.name
+
+    @property
+    def config(self) -> Path:
+        packages = yaml.safe_load((ROOT / "roles/lab/defaults/main.yml").read_text())
+        description = {
+            "name": self.name,
+            "subnet": self.subnet,
+            "state": str(STATE),
+            "hosts": self.hosts,
+            "suite": packages["lab_suite"],
+            "packages": packages["lab_packages"],
+        }
+        path = STATE / "labs" / f"{self.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(description))
+        return path
+
+    def up(self) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(run(sys.executable, str(PROGRAM), "up", str(self.config)))
+        return answer
+
+    def down(self) -> None:
+        run(sys.executable, str(PROGRAM), "down", str(self.directory))
+
+    def ssh(self, host: str, command: str) -> str:
+        return run("ssh", "-F", str(self.directory / "ssh_config"), host, command)
+
+    def traces(self, bridge: str) -> dict[str, str]:
+        """What is left of the lab on this machine, by kind."""
+        commands = run("ps", "axww", "-o", "args").splitlines()
+        found = {
+            "mounts": "\n".join(line for line in Path("/proc/self/mounts").read_text().splitlines() if str(self.directory) in line),
+            "bridge": bridge if Path(f"/sys/class/net/{bridge}").exists() else "",
+            "nft table": bridge if bridge in run("nft", "list", "tables") else "",
+            "processes": "\n".join(line for line in commands if bridge in line or str(self.directory) in line),
+            "cgroups": "\n".join(str(path) for path in Path("/sys/fs/cgroup").glob(f"*/evenkeel/{bridge}*")),
+            "files": str(self.directory) if self.directory.exists() else "",
+        }
+        return {kind: text for kind, text in found.items() if text}
+
+    def bridge(self) -> str:
+        """The name of the lab's interface, from the route to its first host."""
+        route = json.loads(run("ip", "-json", "route", "get", next(iter(self.hosts.values()))))
+        return str(route[0]["dev"])
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    lab = Lab("testa", "10.87.30.0/24")
+    yield lab
+    lab.down()
+
+
+@pytest.fixture
+def other() -> Iterator[Lab]:
+    lab = Lab("testb", "10.87.31.0/24")
+    yield lab
+    lab.down()
+
+
+def test_up_is_idempotent_and_hosts_are_real(lab: Lab) -> None:
+    assert lab.up()["changed"]
+    assert lab.up() == {"changed": False, "did": []}
+    first, second = lab.hosts
+    assert lab.ssh(first, "cat /proc/1/comm").strip() == "systemd"
+    assert lab.ssh(first, "systemctl is-system-running").strip() == "running"
+    assert "1 received" in lab.ssh(first, f"ping -c 1 -W 2 {lab.hosts[second]}")
+    # a unit of the same name on the other host is another unit
+    lab.ssh(first, "systemctl stop cron ssh.socket 2>/dev/null; systemctl restart systemd-journald")
+    assert lab.ssh(second, "systemctl is-active systemd-journald").strip() == "active"
+
+
+def test_reboot_and_power_cut(lab: Lab) -> None:
+    lab.up()
+    host = next(iter(lab.hosts))
+    before = lab.ssh(host, "cat /proc/sys/kernel/random/boot_id; stat -c %Y /run/systemd/system").split()
+    subprocess.run([*SUDO, "ssh", "-F", str(lab.directory / "ssh_config"), host, "systemctl reboot"], check=False, capture_output=True)
+    deadline = time.monotonic() + 60
+    while True:
+        done = subprocess.run(
+            [*SUDO, "ssh", "-F", str(lab.directory / "ssh_config"), "-o", "ConnectTimeout=2", host, "stat -c %Y /run/systemd/system"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode == 0 and done.stdout.strip() != before[1]:
+            break
+        assert time.monotonic() < deadline, done
+        time.sleep(0.2)
+    assert lab.up()["changed"] is False
+
+
+def test_labs_live_side_by_side(lab: Lab, other: Lab) -> None:
+    lab.up()
+    other.up()
+    lab.down()
+    host = next(iter(other.hosts))
+    assert other.ssh(host, "hostname").strip() == host
+    assert other.up()["changed"] is False
+
+
+def test_subnet_in_use_is_refused_and_nothing_is_made(lab: Lab) -> None:
+    lab.up()
+    thief = Lab("testc", "10.87.30.0/24")
+    output = run(sys.executable, str(PROGRAM), "up", str(thief.config), check=False)
+    assert "overlaps 10.87.30.0/24" in output
+    assert "set another `lab_subnet`" in output
+    thief.down()
+    assert lab.up()["changed"] is False
+
+
+def test_wrong_addresses_are_refused(lab: Lab) -> None:
+    description = json.loads(lab.config.read_text())
+    for hosts, words in (
+        ({"a": "10.87.99.1"}, "is not a host address of 10.87.30.0/24"),
+        ({"a": "10.87.30.1"}, "is not a host address"),
+        ({"a": "10.87.30.5", "b": "10.87.30.5"}, "a and b both have address 10.87.30.5"),
+    ):
+        lab.config.write_text(json.dumps({**description, "hosts": hosts}))
+        path = STATE / "labs" / f"{lab.name}.json"
+        path.write_text(json.dumps({**description, "hosts": hosts}))
+        assert words in run(sys.executable, str(PROGRAM), "up", str(path), check=False)
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.6, 1.2])
+def test_killed_up_is_finished_by_the_next_and_removed_without_a_trace(lab: Lab, seconds: float) -> None:
+    started = subprocess.Popen([*SUDO, sys.executable, str(PROGRAM), "up", str(lab.config)], stdout=subprocess.DEVNULL)
+    time.sleep(seconds)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    lab.up()
+    bridge = lab.bridge()
+    assert set(lab.traces(bridge)) >= {"mounts", "bridge", "nft table", "processes", "files"}, "traces() must see a running lab"
+    lab.down()
+    assert lab.traces(bridge) == {}
+
+
+def test_second_host_downloads_nothing(lab: Lab) -> None:
+    lab.up()
+    log = STATE / "apt-cache/log/apt-cacher.log"
+    first, second = lab.hosts
+    install = "apt-get update -qq && apt-get install -y -qq --no-install-recommends tree >/dev/null 2>&1; tree --version"
+    assert "tree" in lab.ssh(first, install)
+    time.sleep(1)
+    seen = len(run("cat", str(log)).splitlines())
+    assert "tree" in lab.ssh(second, install)
+    deadline = time.monotonic() + 60
+    while not (lines := [line for line in run("cat", str(log)).splitlines()[seen:] if line.endswith(".deb")]):
+        assert time.monotonic() < deadline, "the package cache logged no package for the second host"
+        time.sleep(0.5)
+    assert not [line for line in lines if "|I|" in line], f"downloaded again: {lines}"
