@@ -144,23 +144,28 @@ class Migration(migrations.Migration):
 '''
 
 
-@pytest.fixture
-def release_with_migration(tmp_path: Path) -> Iterator[str]:
-    """A release of a commit that has one more migration; removed afterwards, so that `latest` means what it meant."""
-    checkout = tmp_path / "checkout"
+def release_of(folder: Path, path: str, text: str) -> Iterator[str]:
+    """A release of a commit in which one file has this text; removed afterwards, so that `latest` means what it meant."""
+    checkout = folder / "checkout"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(checkout)], check=True)
-    folder = checkout / "drydock/src/drydock/documents/migrations"
-    last = max(path.stem for path in folder.glob("0*.py"))
-    (folder / "9999_note.py").write_text(MIGRATION % last)
+    (checkout / path).write_text(text)
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
     subprocess.run(["git", "-C", str(checkout), "add", "."], check=True)
-    subprocess.run(["git", "-C", str(checkout), *identity, "commit", "-q", "-m", "Add a note"], check=True)
+    subprocess.run(["git", "-C", str(checkout), *identity, "commit", "-q", "-m", "Change one file"], check=True)
     run = playbook("release", "-e", f"repository={checkout}")
     assert run.code == 0, run.output
     newest = max(RELEASES.glob("*.tar"), key=lambda path: path.stat().st_mtime)
     yield newest.name.removesuffix(".tar")
     newest.unlink()
     Path(f"{newest}.sha256").unlink()
+
+
+@pytest.fixture
+def release_with_migration(tmp_path: Path) -> Iterator[str]:
+    """A release of a commit that has one more migration."""
+    folder = "drydock/src/drydock/documents/migrations"
+    last = max(path.stem for path in (ROOT / folder).glob("0*.py"))
+    yield from release_of(tmp_path, f"{folder}/9999_note.py", MIGRATION % last)
 
 
 def state_of(host: testinfra.host.Host) -> str:
@@ -188,3 +193,27 @@ def test_pending_migration_stops_the_deploy_until_exactly_it_is_approved(host: t
     assert state_of(host) == before
 
     host.check_output(f"rm -rf /opt/drydock/releases/{release_with_migration}")
+
+
+@pytest.fixture
+def release_that_does_not_start(tmp_path: Path) -> Iterator[str]:
+    """A release of a commit whose web process ends at once."""
+    yield from release_of(tmp_path, "drydock/src/drydock/wsgi.py", 'raise SystemExit("this release does not start")\n')
+
+
+def test_release_that_does_not_start_says_how_to_go_back_and_going_back_works(
+    host: testinfra.host.Host, release_that_does_not_start: str
+) -> None:
+    running = host.check_output("readlink /opt/drydock/current").rpartition("/")[2]
+    try:
+        run = playbook("deploy", "-e", f"release={release_that_does_not_start}")
+        assert run.code != 0
+        text = " ".join(run.output.split())
+        assert f"Release {release_that_does_not_start} did not come up on single" in text
+        assert "this release does not start" in text
+        assert f"To go back to {running}, type:" in text
+    finally:
+        back = playbook("deploy", "-e", f"release={running}")
+    assert back.code == 0, back.output[-3000:]
+    assert playbook("status").code == 0
+    host.check_output(f"rm -rf /opt/drydock/releases/{release_that_does_not_start}")
