@@ -57,7 +57,7 @@ def extract(tar: tarfile.TarFile, folder: Path) -> None:
     """Unpack plain files and folders, and refuse all else (`extractall(filter=)` is not in the hosts' Python 3.11.2)."""
     for member in tar.getmembers():
         parts = Path(member.name).parts
-        content = tar.extractfile(member)
+        content = tar.extractfile(member) if member.isreg() else None
         if member.name.startswith("/") or ".." in parts or not (member.isdir() or (member.isreg() and content)):
             raise ReleaseError(f"the archive holds {member.name!r}, which is no plain file or folder below it")
         target = folder.joinpath(*parts)

@@ -1,0 +1,89 @@
+"""Who is where, and what an inventory that cannot work is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ansible.errors import AnsibleFilterError
+
+from filter_plugins import topology as t
+
+SERVICES = ["etcd", "postgresql_core", "postgresql_plugins", "redis", "object_storage", "web", "worker", "proxy"]
+
+
+def groups(**changes: list[str]) -> dict[str, list[str]]:
+    return {"all": ["a", "b"], **{name: ["a"] for name in SERVICES}, **changes}
+
+
+ADDRESSES = {"a": "10.0.0.1", "b": "10.0.0.2"}
+APP: dict[str, Any] = {
+    "name": "shop",
+    "databases": {"core": {"name": "shop", "owner": "shop"}},
+    "processes": {
+        "web": {"hosts": "web", "port": 8000, "members": ["a"], "after": ["redis", "postgresql-core"]},
+        "worker": {"hosts": "worker", "members": ["b"], "after": ["redis"]},
+    },
+}
+
+
+def test_members_and_ports() -> None:
+    topo = t.topology(groups(etcd=["a", "b"]), ADDRESSES, {"redis": 7000})
+    assert topo["etcd"]["members"] == [{"name": "a", "address": "10.0.0.1"}, {"name": "b", "address": "10.0.0.2"}]
+    assert topo["redis"]["port"] == 7000
+    assert topo["postgresql"]["plugins"]["port"] == 5433
+
+
+def test_object_storage_may_be_elsewhere() -> None:
+    assert t.topology(groups(object_storage=[]), ADDRESSES)["object_storage"]["members"] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "addresses", "ports", "words"),
+    [
+        (groups(redis=[]), ADDRESSES, {}, "inventory group 'redis' (the message broker) has no host"),
+        (groups(), {"a": "10.0.0.1", "b": ""}, {}, "host 'b' has no address"),
+        (groups(), {"a": "10.0.0.1", "b": "10.0.0.1"}, {}, "hosts 'a' and 'b' have the same address 10.0.0.1"),
+        (groups(), ADDRESSES, {"rediss": 1}, "platform_ports names unknown services: rediss"),
+    ],
+)
+def test_wrong_inventories_are_told_in_one_sentence(
+    given: dict[str, list[str]], addresses: dict[str, str], ports: dict[str, int], words: str
+) -> None:
+    with pytest.raises(AnsibleFilterError, match=words.replace("(", r"\(").replace(")", r"\)")):
+        t.topology(given, addresses, ports)
+    assert words in t.problem_of(t.topology)(given, addresses, ports)
+    assert t.problem_of(t.topology)(groups(), ADDRESSES, {}) == ""
+
+
+def test_endpoints_are_complete_and_conflicts_named() -> None:
+    topo = t.topology(groups(), ADDRESSES)
+    table = t.endpoints(topo, APP, groups())
+    assert {"host": "a", "service": "shop-web", "port": 8000} in table
+    assert {"host": "a", "service": "postgresql-plugins", "port": 5433} in table
+    with pytest.raises(AnsibleFilterError, match="redis and postgresql-core both want TCP port 5432"):
+        t.endpoints(t.topology(groups(), ADDRESSES, {"redis": 5432}), APP, groups())
+    # the same port on two hosts is no conflict
+    assert t.endpoints(t.topology(groups(redis=["b"]), ADDRESSES, {"redis": 5432}), APP, groups(redis=["b"]))
+
+
+def test_url_names_every_member_and_holds_no_password() -> None:
+    service = {"members": [{"name": "a"}, {"name": "b"}], "port": 5432}
+    url = t.libpq_url(service, "u", "d", "/ca.crt")
+    assert url == "postgresql://u@a:5432,b:5432/d?target_session_attrs=read-write&sslmode=verify-full&sslrootcert=/ca.crt"
+
+
+def test_empty_secrets() -> None:
+    assert t.empty_secrets({"a": "x", "b": "", "c": None, "d": " "}) == ["b", "c", "d"]
+
+
+def test_health_rows_of_a_host_and_of_what_it_waits_for_elsewhere() -> None:
+    topo = t.topology(groups(worker=["b"]), ADDRESSES)
+    here = {row["name"]: row for row in t.platform_health_services(topo, "a", APP, "/pki")}
+    assert set(here) == set(topo["services"])
+    assert not any(row.get("remote") for row in here.values())
+    assert here["postgresql-core"]["command"][-4:] == ["-U", "shop", "-d", "shop"]
+    assert "-e" in here["redis"]["command"], "without -e redis-cli calls a refused PING a success"
+    there = t.platform_health_services(topo, "b", APP, "/pki")
+    assert [(row["name"], row["remote"]) for row in there] == [("redis", True)]
+    assert "10.0.0.1" in there[0]["command"]
