@@ -117,7 +117,18 @@ def build_wheel(repository: Path, commit: str, project: str, target: Path, epoch
             raise ReleaseError(f"commit {commit[:12]} has no folder {project}: check app.install.project in the app contract")
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
             extract(tar, folder)
-        command = [sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--wheel-dir", str(folder / "out"), str(folder / project)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-qq",
+            "--no-deps",
+            "--no-cache-dir",
+            "--wheel-dir",
+            str(folder / "out"),
+            str(folder / project),
+        ]
         built = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "SOURCE_DATE_EPOCH": epoch})
         if built.returncode:
             raise ReleaseError(f"building {project} failed: {' / '.join(built.stderr.strip().splitlines()[-3:])}")
