@@ -164,6 +164,13 @@ def systemd_is_init() -> bool:
     return Path("/run/systemd/system").is_dir()
 
 
+def own_scope(description: str) -> list[str]:
+    """Put before a daemon's command (it stays the same process), so that it does not end with its caller's unit."""
+    if not systemd_is_init():
+        return []
+    return ["systemd-run", "--scope", "--quiet", "--collect", f"--description={description}"]
+
+
 # --- the machine's package settings, and the cache of downloaded packages ---------------------------------------------
 
 
@@ -236,7 +243,7 @@ def start_package_cache(state: Path) -> tuple[int, bool]:
             (folder / name).mkdir(exist_ok=True)
         with (folder / "daemon.log").open("a") as log:
             daemon = subprocess.Popen(
-                ["/usr/sbin/apt-cacher-ng", "-c", str(folder / "conf")],
+                [*own_scope("evenkeel package cache"), "/usr/sbin/apt-cacher-ng", "-c", str(folder / "conf")],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/",
             )  # fmt: skip
         record_process(package_cache_file(state), daemon.pid)
@@ -277,6 +284,8 @@ def build_image(lab: Lab, cache_port: int) -> tuple[Path, bool]:
         if not sources:
             raise LabError("this machine has no package sources in /etc/apt: the lab installs its hosts from them")
         run(
+            # a process namespace that ends with this program: a SIGKILL leaves no build behind
+            "setpriv", "--pdeathsig=KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount-proc",
             # a server knows its package lists, and `--check` on a fresh host needs them
             "mmdebstrap", "--variant=minbase", "--format=directory", "--quiet", "--skip=cleanup/apt/lists",
             f"--include={','.join(lab.packages)}", *[f"--aptopt={option}" for option in options],
@@ -542,7 +551,10 @@ def write_ssh_files(lab: Lab) -> None:
         config.append(f"Host {host} {address}\n  HostName {address}\n")
     config.append("\n".join([
         "Host *", "  User root", f'  IdentityFile "{lab.directory}/id_ed25519"', "  IdentitiesOnly yes",
-        f'  UserKnownHostsFile "{lab.directory}/known_hosts"', "  StrictHostKeyChecking yes", "  LogLevel ERROR", "",
+        f'  UserKnownHostsFile "{lab.directory}/known_hosts"', "  StrictHostKeyChecking yes",
+                # connections that Ansible keeps open end soon after their host is gone
+                "  ServerAliveInterval 10",
+                "  ServerAliveCountMax 3", "  LogLevel ERROR", "",
     ]))  # fmt: skip
     write(lab.directory / "known_hosts", "".join(known))
     write(lab.directory / "ssh_config", "".join(config))
