@@ -7,6 +7,7 @@ SHELL := /bin/bash
 export EVENKEEL_STATE ?= $(HOME)/.local/state/evenkeel
 export PIP_CACHE_DIR ?= $(EVENKEEL_STATE)/pip-cache
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
+export ANSIBLE_HOME := $(CURDIR)/.ansible
 export ANSIBLE_FORCE_COLOR ?= $(if $(CI),0,$(shell test -t 1 && echo 1 || echo 0))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
