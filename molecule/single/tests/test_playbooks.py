@@ -126,6 +126,14 @@ def test_unknown_release_lists_those_there_are() -> None:
     refused(playbook("deploy", "-e", "release=0.0.0-nosuch"), "names 0 releases; there are:")
 
 
+def test_host_that_has_not_been_converged_is_told_what_to_type() -> None:
+    refused(playbook("deploy", inventory=ROOT / "molecule/fresh/inventory"), "fresh has not been converged", "playbooks/site.yml")
+
+
+def test_deploy_to_a_part_of_the_platform_is_refused() -> None:
+    refused(playbook("deploy", "--limit", "single"), "Run it without --limit")
+
+
 def test_unknown_commit_is_named() -> None:
     refused(playbook("release", "-e", "ref=no-such-tag"), "'no-such-tag' is no commit, tag or branch")
 
