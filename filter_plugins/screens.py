@@ -78,8 +78,6 @@ def status_report(
     for host in sorted(addresses):
         health = collected_by_host[host].get("status_health") or {}
         target = (collected_by_host[host].get("status_current") or {}).get("stat", {}).get("lnk_target")
-        if host in app_hosts:
-            releases.setdefault(target.rpartition("/")[2] if target else "none", []).append(host)
         try:
             rows = json.loads(health["stdout"])
         except (KeyError, ValueError, TypeError):
@@ -87,6 +85,8 @@ def status_report(
             body.append(f"  {host} ({addresses[host]}): DOES NOT ANSWER: {reason[:160]}")
             problems.append(f"{host} does not answer")
             continue
+        if host in app_hosts:
+            releases.setdefault(target.rpartition("/")[2] if target else "none", []).append(host)
         body.append(f"  {host} ({addresses[host]})")
         width = max((len(row["name"]) for row in rows), default=0)
         for row in rows:

@@ -451,14 +451,17 @@ def nspawn_command(lab: Lab, host: str) -> list[str]:
 
 def boot(lab: Lab, host: str) -> None:
     """Start the host's supervisor; it outlives this program."""
+    console = lab.host_dir(host) / "console.log"
     if systemd_is_init():
         run(
             "systemd-run", "--quiet", "--collect", f"--unit={unit_name(lab.machine(host))}", "-p", "Delegate=yes",
             "-p", "KillMode=mixed", "-p", "Restart=no", "-p", f"RestartForceExitStatus={REBOOT_EXIT_STATUS}",
-            "-p", f"SuccessExitStatus={REBOOT_EXIT_STATUS}", "-p", "TasksMax=infinity", *nspawn_command(lab, host),
+            "-p", f"SuccessExitStatus={REBOOT_EXIT_STATUS}", "-p", "StartLimitIntervalSec=0", "-p", "TasksMax=infinity",
+            "-p", f"StandardOutput=append:{console}", "-p", f"StandardError=append:{console}",
+            *nspawn_command(lab, host),
         )  # fmt: skip
         return
-    with (lab.host_dir(host) / "console.log").open("a") as log:
+    with console.open("a") as log:
         supervisor = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), "supervise", str(lab.directory), host],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/",
