@@ -153,3 +153,12 @@ def test_readiness_names_what_is_missing(host: testinfra.host.Host, web: request
     finally:
         host.check_output("systemctl start object-storage")
     host.check_output("evenkeel-health wait --timeout 120 object-storage")
+
+
+def test_web_keeps_connections_longer_than_the_proxy(host: testinfra.host.Host) -> None:
+    """P4: a proxied request never meets a connection that the web process is closing."""
+    configuration = host.check_output("cat /etc/nginx/nginx.conf")
+    upstream = configuration[configuration.index("upstream ") :]
+    proxy_seconds = int(upstream.split("keepalive_timeout ")[1].split("s;")[0])
+    assert host.check_output("drydock-run python -c 'from drydock import gunicorn_conf; print(gunicorn_conf.keepalive)'") == "65"
+    assert proxy_seconds < 65
