@@ -206,7 +206,7 @@ def test_pending_migration_stops_the_deploy_until_exactly_it_is_approved(host: t
 @pytest.fixture
 def release_that_does_not_start(tmp_path: Path) -> Iterator[str]:
     """A release of a commit whose web process ends at once."""
-    yield from release_of(tmp_path, "drydock/src/drydock/wsgi.py", 'raise SystemExit("this release does not start")\n')
+    yield from release_of(tmp_path, "drydock/src/drydock/wsgi.py", 'raise RuntimeError("this release does not start")\n')
 
 
 def test_release_that_does_not_start_says_how_to_go_back_and_going_back_works(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from types import FrameType
 
+HOPELESS_RESTARTS = 3  # a process that ended so often while somebody waited for it will not come up
 TABLE = Path("/etc/evenkeel/health.json")
 CREDENTIALS = Path("/etc/evenkeel/health.credentials")
 STATES = Path("/run/evenkeel/health")
@@ -541,7 +542,7 @@ def look(service: Service, credentials: Mapping[str, str], left: float) -> tuple
     return ("healthy" if outcome.passed else "not healthy"), outcome.message
 
 
-def run_wait(names: Sequence[str], timeout: float, waiter: str) -> int:
+def run_wait(names: Sequence[str], timeout: float, waiter: str, fail_fast: bool = False) -> int:
     """Return once all are healthy; say whom we wait for, and give up after `timeout` seconds."""
     pending = pick(load_table(TABLE), names)
     credentials = load_credentials(CREDENTIALS)
@@ -553,6 +554,7 @@ def run_wait(names: Sequence[str], timeout: float, waiter: str) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     start = time.monotonic()
+    restarts = {service.unit: unit_restarts(service.unit)[1] for service in pending if fail_fast and service.unit and not service.remote}
     announced = start - 3600.0
     while True:
         waiting: list[tuple[Service, str, str]] = []
@@ -568,6 +570,10 @@ def run_wait(names: Sequence[str], timeout: float, waiter: str) -> int:
         pending = [service for service, _, _ in waiting]
         listed = "; ".join(f"{service.name} ({status}: {message})" for service, status, message in waiting)
         elapsed = time.monotonic() - start
+        reason = hopeless(pending, restarts) if fail_fast else ""
+        if reason:
+            print(f"{who} waits no longer: {reason}; not healthy: {listed}", file=sys.stderr, flush=True)
+            return NOT_HEALTHY
         if elapsed >= timeout:
             first = waiting[0][0]
             where = "on its own host" if first.remote else "here"
@@ -582,6 +588,24 @@ def run_wait(names: Sequence[str], timeout: float, waiter: str) -> int:
             print(f"{who} waits for {listed}; up to {timeout - elapsed:.0f} s", flush=True)
             announced = time.monotonic()
         time.sleep(min(1.0, max(0.05, timeout - elapsed)))
+
+
+def unit_restarts(unit: str) -> tuple[bool, int]:
+    """Whether a unit has failed for good, and how often systemd started it again by itself."""
+    command = ["systemctl", "show", "--property=ActiveState", "--property=NRestarts", "--", unit]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    values = dict(line.split("=", 1) for line in shown.stdout.splitlines() if "=" in line)
+    return values.get("ActiveState") == "failed", int(values.get("NRestarts") or 0)
+
+
+def hopeless(services: Sequence[Service], restarts: Mapping[str, int]) -> str:
+    """The first unit that failed or keeps ending, in words; empty while there is hope. `restarts`: their counts at first."""
+    for service in services:
+        if service.unit and not service.remote:
+            failed, count = unit_restarts(service.unit)
+            if failed or count - restarts.get(service.unit, 0) >= HOPELESS_RESTARTS:
+                return f"{service.unit} {'has failed' if failed else 'keeps ending'}"
+    return ""
 
 
 def run_check(names: Sequence[str]) -> int:
@@ -605,6 +629,7 @@ def parser() -> argparse.ArgumentParser:
     wait = verbs.add_parser("wait", help="return once all named services are healthy; exit code 1 after the time-out")
     wait.add_argument("names", nargs="+", metavar="NAME")
     wait.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="default 300")
+    wait.add_argument("--fail-fast", action="store_true", help="end at once when a unit has failed or keeps ending")
     wait.add_argument("--for", dest="waiter", default="", metavar="WHO", help="named in the messages")
     now = verbs.add_parser("check", help="make the named checks now (all without names); exit code 1 if one fails")
     now.add_argument("names", nargs="*", metavar="NAME")
@@ -621,7 +646,7 @@ def main(argv: Sequence[str]) -> int:
             case "status":
                 return run_status(options.json)
             case "wait":
-                return run_wait(options.names, options.timeout, options.waiter)
+                return run_wait(options.names, options.timeout, options.waiter, options.fail_fast)
             case "check":
                 return run_check(options.names)
             case _:
