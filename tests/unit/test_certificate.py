@@ -32,8 +32,6 @@ def load(path: Path) -> ModuleType:
 action = load(ROOT / "action_plugins" / "certificate.py")
 host = load(ROOT / "library" / "certificate.py")
 
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
-
 
 def openssl(*arguments: str, data: str = "") -> str:
     return subprocess.run(["openssl", *arguments], input=data, capture_output=True, text=True, check=True).stdout
@@ -115,7 +113,6 @@ def test_key_that_others_may_read_is_refused(tmp_path: Path) -> None:
         make_ca(tmp_path)
 
 
-@needs_openssl
 def test_signed_certificate_is_good_and_says_only_what_the_controller_says(tmp_path: Path) -> None:
     ca = make_ca(tmp_path / "ca")
     key, request = key_and_request(tmp_path)
@@ -127,7 +124,6 @@ def test_signed_certificate_is_good_and_says_only_what_the_controller_says(tmp_p
     assert 824 <= left.days <= 825
 
 
-@needs_openssl
 def test_each_fault_is_named(tmp_path: Path) -> None:
     ca = make_ca(tmp_path / "ca")
     other = make_ca(tmp_path / "other")
@@ -145,7 +141,6 @@ def test_each_fault_is_named(tmp_path: Path) -> None:
     assert host.faults(good, pem, key, wanted - {"db1"}, 60) == ["it has db1 too many"]
 
 
-@needs_openssl
 def test_certificate_never_outlives_its_ca_nor_renews_for_ever(tmp_path: Path) -> None:
     ca = make_ca(tmp_path / "ca", days=100)
     _, request = key_and_request(tmp_path)
@@ -155,7 +150,6 @@ def test_certificate_never_outlives_its_ca_nor_renews_for_ever(tmp_path: Path) -
         action.sign(ca, request, NAMES, 825, 100)
 
 
-@needs_openssl
 def test_forged_request_is_refused(tmp_path: Path) -> None:
     ca = make_ca(tmp_path / "ca")
     with pytest.raises(action.CaError, match="cannot be read"):
