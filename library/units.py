@@ -267,12 +267,13 @@ class Systemd:
     def journal(self, name: str, invocation: str) -> str:
         """Return the last lines of the unit's present invocation, or else what was said about it in this run."""
         plain = ["journalctl", "--quiet", "--no-pager", "--no-hostname", "--output=short", f"--lines={JOURNAL_LINES}"]
-        lines = ""
-        if invocation:
-            matches = [f"_SYSTEMD_INVOCATION_ID={invocation}", "+", f"INVOCATION_ID={invocation}"]
+        self._run(["journalctl", "--sync"], QUERY_SECONDS)
+        matches = [f"_SYSTEMD_INVOCATION_ID={invocation}", "+", f"INVOCATION_ID={invocation}"] if invocation else []
+        # what a process says in its last moment carries its unit, but not always its invocation
+        by_unit = [f"_SYSTEMD_UNIT={name}", "+", f"UNIT={name}", f"--since=@{int(self.began)}"]
+        _code, lines = self._run([*plain, *matches, *(["+"] if matches else []), *by_unit], QUERY_SECONDS)
+        if not lines and matches:
             _code, lines = self._run([*plain, *matches], QUERY_SECONDS)
-        if not lines:
-            _code, lines = self._run([*plain, f"--unit={name}", f"--since=@{int(self.began)}"], QUERY_SECONDS)
         return lines or "(nothing)"
 
     def _run(self, words: list[str], seconds: float) -> tuple[int, str]:
