@@ -211,7 +211,7 @@ def test_wait_names_whom_it_waits_for(host: Path, fields: dict[str, Any], reason
     shown = capsys.readouterr()
     assert shown.out.startswith("pier-web waits for redis (")
     assert reason in shown.out
-    assert shown.err.startswith("pier-web was not started: after 0 s not healthy: redis (")
+    assert shown.err.startswith("pier-web gave up: after 0 s not healthy: redis (")
     assert "journalctl -u redis.service" in shown.err
 
 

@@ -579,7 +579,7 @@ def run_wait(names: Sequence[str], timeout: float, waiter: str, fail_fast: bool 
             where = "on its own host" if first.remote else "here"
             follow = f"journalctl -u {first.unit}" if first.unit else "evenkeel-health status"
             print(
-                f"{who} was not started: after {timeout:.0f} s not healthy: {listed}. Next: {follow} ({where})",
+                f"{who} gave up: after {timeout:.0f} s not healthy: {listed}. Next: {follow} ({where})",
                 file=sys.stderr,
                 flush=True,
             )
