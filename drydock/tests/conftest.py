@@ -3,6 +3,7 @@
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import django
 import pytest
@@ -46,6 +47,23 @@ def sign_in(servers: Servers) -> Callable[..., Browser]:
         return browser
 
     return make
+
+
+@pytest.fixture
+def unheard(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what this test accepts in its own process from the workers: its bells are not due."""
+    from drydock.jobs import engine
+    from drydock.jobs.models import Job
+
+    assert servers.processes
+    accept = engine.accept
+
+    def quietly(kind_name: str, payload: dict[str, object], **more: Any) -> Job:
+        job = accept(kind_name, payload, **more)
+        Job.objects.using(job._state.db).filter(uuid=job.uuid).update(bell_after="2100-01-01T00:00Z")
+        return job
+
+    monkeypatch.setattr(engine, "accept", quietly)
 
 
 def pytest_unconfigure() -> None:

@@ -73,7 +73,7 @@ class Servers:
         self.root = Path(tempfile.mkdtemp(prefix="drydock-tests-"))
         self.root.chmod(0o755)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        names = ("core", "plugins", "redis", "s3", "web")
+        names = ("core", "plugins", "redis", "s3", "web", "relay")
         self.ports = {name: free_port() for name in names}
         self._make_certificates()
         self.ca = self.root / "ca.crt"
@@ -182,6 +182,7 @@ class Servers:
         self.start_web()
         self.start_worker("latex.compile")
         self.start_worker("export")
+        self.start_relay()
         wait_for("web answering", lambda: self.get("/health"))
         wait_for("both workers answering", self.ping)
 
@@ -196,6 +197,11 @@ class Servers:
         celery = [sys.executable, "-m", "celery", "-A", "drydock.celery", "-q", "worker"]
         options = ["-Q", queue, "-n", f"{queue}@%h", "--concurrency", "1", "--without-gossip", "--without-mingle"]
         self.start(queue, [*celery, *options])
+
+    def start_relay(self) -> None:
+        """Start the relay as a site does."""
+        listen = f"127.0.0.1:{self.ports['relay']}"
+        self.start("relay", [sys.executable, "-m", "drydock", "relay", "--listen", listen])
 
     def stop(self, name: str) -> None:
         """End a server and everything that it has started."""

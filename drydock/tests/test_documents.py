@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from django.db import transaction
 
 from browser import Answer, Browser
 from drydock import config, storage
 from drydock.accounts.models import User
-from drydock.documents import latex, service, tasks
+from drydock.documents import latex, service, worker
 from drydock.documents.models import Document, Revision
-from drydock.jobs import engine
+from drydock.jobs import engine, kinds, tasks
 from drydock.jobs.models import Job
 from platform_servers import TOKEN, Servers, wait_for
 
@@ -146,16 +147,15 @@ def test_a_document_is_its_owners_and_the_staffs(sign_in: Callable[..., Browser]
 
 
 @pytest.fixture
-def silent(monkeypatch: pytest.MonkeyPatch, servers: Servers) -> Document:
+def silent(unheard: None) -> Document:
     """Give a document whose jobs no worker hears of."""
-    assert servers.processes
-    monkeypatch.setattr(engine, "ring", lambda *_: None)
+    assert unheard is None
     owner = User.objects.get_or_create(username="silent")[0]
     return service.create_document(owner, "Silent", "x").document
 
 
 def claimed(revision: Revision) -> Job:
-    job = engine.claim(service.COMPILE, revision.job_id)  # type: ignore[arg-type]
+    job = engine.claim(kinds.get(service.COMPILE), revision.job_id)  # type: ignore[arg-type]
     assert job is not None
     return job
 
@@ -184,6 +184,7 @@ def test_a_late_attempt_is_refused(servers: Servers, silent: Document) -> None:
     revision = silent.revisions.get()
     first = claimed(revision)
     Job.objects.using("core").filter(uuid=first.uuid).update(lease_until="2020-01-01T00:00Z")
+    engine.reap("core")
     second = claimed(revision)
     assert (first.attempt, second.attempt) == (1, 2)
     stale = send(servers, report(first))
@@ -254,10 +255,10 @@ def test_only_a_stale_result_is_sent_again_and_at_most_eight_times(
 ) -> None:
     answers[0].extend(script)
     if why:
-        with pytest.raises(tasks.ApplyError, match=why):
-            tasks.apply({})
+        with pytest.raises(worker.ApplyError, match=why):
+            worker.apply({})
     else:
-        tasks.apply({})
+        worker.apply({})
     assert answers[1] == [f"Bearer {TOKEN}"] * requests
 
 
@@ -266,7 +267,7 @@ def test_a_refused_result_fails_the_job_and_keeps_the_reason(
 ) -> None:
     answers[0].append((503, "MAINTENANCE"))
     revision = silent.revisions.get()
-    tasks.compile_latex(str(revision.job_id))
+    tasks.perform(kinds.get(service.COMPILE), claimed(revision))
     revision.refresh_from_db()
     assert revision.state == "failed"
     assert "503 MAINTENANCE" in revision.reason
@@ -274,18 +275,17 @@ def test_a_refused_result_fails_the_job_and_keeps_the_reason(
     assert (job.state, job.reason) == ("failed", revision.reason)
 
 
-def test_a_compile_whose_storage_is_away_fails_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch, silent: Document
-) -> None:
+def test_a_compile_whose_storage_is_away_is_tried_again(monkeypatch: pytest.MonkeyPatch, silent: Document) -> None:
     def away(*_: object, **__: object) -> None:
-        raise ConnectionError("no storage")
+        raise EndpointConnectionError(endpoint_url="s3")
 
     monkeypatch.setattr(storage, "put", away)
     monkeypatch.setattr(latex, "compile_source", lambda _: latex.Outcome(b"%PDF", "", ""))
     revision = silent.revisions.get()
-    tasks.compile_latex(str(revision.job_id))
-    revision.refresh_from_db()
-    assert (revision.state, revision.reason) == ("failed", "ConnectionError: no storage")
+    tasks.perform(kinds.get(service.COMPILE), claimed(revision))
+    job = Job.objects.using("core").get(uuid=revision.job_id)
+    assert (job.state, job.deferred) == ("queued", 1)
+    assert "the object storage did not take the PDF" in job.reason
 
 
 def test_a_revision_and_its_job_are_accepted_together_or_not_at_all(silent: Document) -> None:

@@ -106,8 +106,7 @@ LOGGING = {
 QUEUES = ("latex.compile", "export")
 # What a compile may need beside the engine's own time: read the source, store the PDF, apply the result.
 LATEX_TASK_TIME_LIMIT_SECONDS = CONFIG.latex_compile_timeout_seconds + 30
-EXPORT_SOFT_TIME_LIMIT_SECONDS = CONFIG.export_time_limit_seconds
-EXPORT_TASK_TIME_LIMIT_SECONDS = CONFIG.export_time_limit_seconds + 30
+EXPORT_TIME_LIMIT_SECONDS = CONFIG.export_time_limit_seconds
 
 CELERY_BROKER_URL = CONFIG.redis_url
 if CONFIG.redis_tls:
@@ -118,7 +117,7 @@ if CONFIG.redis_tls:
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_BROKER_TRANSPORT_OPTIONS = {
     # Longer than any task with its drain, or a running task would be handed out a second time.
-    "visibility_timeout": int(max(LATEX_TASK_TIME_LIMIT_SECONDS, EXPORT_TASK_TIME_LIMIT_SECONDS)) + 300,
+    "visibility_timeout": int(max(LATEX_TASK_TIME_LIMIT_SECONDS, EXPORT_TIME_LIMIT_SECONDS)) + 300,
     # Without these a dead broker is noticed after minutes.
     "socket_timeout": 5,
     "socket_connect_timeout": 2,
@@ -133,12 +132,12 @@ CELERY_TASK_QUEUES = [Queue(name, Exchange("drydock"), routing_key=name) for nam
 CELERY_TASK_DEFAULT_QUEUE = "export"
 CELERY_TASK_CREATE_MISSING_QUEUES = False  # a mistyped queue is an error, not a queue that nobody reads
 CELERY_TASK_DEFAULT_PRIORITY = 3  # on Redis 0 comes first: pings
-CELERY_TASK_ACKS_LATE = True  # a task of a killed worker stays in the broker …
-CELERY_TASK_REJECT_ON_WORKER_LOST = True  # … and comes back; the job's attempt cap ends a loop
-CELERY_TASK_ACKS_ON_FAILURE_OR_TIMEOUT = True  # a task that failed is not lost: its job says why
-CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # take no job that another worker could start now
+CELERY_TASK_ACKS_LATE = True  # a busy worker keeps no bell that an idle one could answer
+CELERY_TASK_REJECT_ON_WORKER_LOST = True  # a bell of a killed worker rings again; its job's attempts are capped
+CELERY_TASK_ACKS_ON_FAILURE_OR_TIMEOUT = True  # what became of a job stands in its row, not in the broker
+CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # take no bell that another worker could answer now
 CELERY_TASK_IGNORE_RESULT = True  # results live in the job table
-CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = True  # they are handed out again: do not run them twice
+# A worker that loses the broker goes on with the job in hand: its lease is in PostgreSQL, and a bell that is handed
+# out again finds the job claimed.
+CELERY_WORKER_CANCEL_LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = False
 CELERY_WORKER_HIJACK_ROOT_LOGGER = False
-# The request that accepted a job does not wait for a broker that is away: the job is safe in its table.
-CELERY_TASK_PUBLISH_RETRY_POLICY = {"max_retries": 2, "interval_start": 0.1, "interval_step": 0.2, "interval_max": 0.5}

@@ -5,6 +5,7 @@ import uuid
 from django.conf import settings
 from django.db import models
 from django.utils import timezone
+from django.utils.functional import cached_property
 
 from drydock.jobs.models import Job
 
@@ -45,7 +46,7 @@ class Revision(models.Model):
     source = models.TextField()
     created = models.DateTimeField(default=timezone.now)
     # Finished jobs are pruned; what they gave stays here.
-    job = models.OneToOneField(Job, on_delete=models.SET_NULL, null=True, related_name="revision")
+    job_id = models.UUIDField(null=True, unique=True)
     state = models.CharField(max_length=8, choices=State.choices, default=State.PENDING)
     reason = models.TextField(blank=True)
     log = models.TextField(blank=True)
@@ -62,6 +63,11 @@ class Revision(models.Model):
     def __str__(self) -> str:
         """Show what it is a revision of."""
         return f"{self.document_id} r{self.number}"
+
+    @cached_property
+    def job(self) -> Job | None:
+        """Its job, unless that is over and pruned."""
+        return Job.objects.using("core").filter(uuid=self.job_id).first() if self.job_id else None
 
 
 def pdf_key(document: uuid.UUID | str, revision: int, attempt: int) -> str:

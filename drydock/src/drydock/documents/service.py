@@ -1,31 +1,19 @@
 """What can be done with documents: write a revision (which asks for a compile) and apply a compile's result."""
 
-import logging
 import re
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from django.conf import settings
 from django.db import transaction
 from django.db.models.functions import Now
 
 from drydock.accounts.models import User
 from drydock.documents.models import Document, Revision, pdf_key
-from drydock.jobs import engine
+from drydock.jobs import engine, kinds
 from drydock.jobs.models import Job
 
-logger = logging.getLogger(__name__)
-
-COMPILE = engine.Kind(
-    name="latex.compile",
-    database="core",
-    queue="latex.compile",
-    task="drydock.documents.tasks.compile_latex",
-    # A compile that fails is never tried again (that is `failed`); these attempts are for lost workers.
-    max_attempts=5,
-    lease_seconds=settings.LATEX_TASK_TIME_LIMIT_SECONDS,
-)
+COMPILE = "latex.compile"
 MAX_SOURCE_BYTES = 1024 * 1024
 MAX_LOG_CHARACTERS = 16_000
 
@@ -92,8 +80,9 @@ def add_revision(document: Document, source: str) -> Revision:
         document = Document.objects.select_for_update().get(pk=document.pk)
         document.latest += 1
         revision = Revision.objects.create(document=document, number=document.latest, source=source)
-        revision.job = engine.accept(COMPILE, {"revision": revision.pk}, idempotency_key=f"revision:{revision.pk}")
-        revision.save(update_fields=["job"])
+        job = engine.accept(COMPILE, {"revision": revision.pk}, idempotency_key=f"revision:{revision.pk}")
+        revision.job_id = job.uuid
+        revision.save(update_fields=["job_id"])
         document.updated = revision.created
         document.save(update_fields=["latest", "updated"])
     return revision
@@ -102,41 +91,42 @@ def add_revision(document: Document, source: str) -> Revision:
 def apply_result(result: Result) -> Revision:
     """Make a compile's result visible, unless it is stale. Applying the same result twice is applying it once."""
     with transaction.atomic(using="core"):
-        revision = Revision.objects.select_related("document").filter(job=result.job).first()
+        revision = Revision.objects.select_related("document").filter(job_id=result.job).first()
         if revision is None:
             raise StaleResultError("no revision waits for this job")
         # Results of one document are applied one after another.
         document = Document.objects.select_for_update().get(pk=revision.document_id)
-        job = Job.objects.using("core").get(uuid=result.job)
+        job = Job.objects.using("core").filter(uuid=result.job).first()
+        if job is None:
+            raise StaleResultError("the job was over long ago")
         if _already_applied(job, revision, result):
             return revision
         if document.applied > revision.number:
             raise StaleResultError(
                 f"revision {revision.number} was superseded: revision {document.applied} has been applied"
             )
-        state = Job.State.DONE if result.succeeded else Job.State.FAILED
-        if not engine.finish(COMPILE, result.job, result.attempt, state, result.reason):
-            raise StaleResultError(f"attempt {result.attempt} does not hold the job (any more): it is {job.state}")
         values: dict[str, Any] = {"log": result.log, "reason": result.reason, "compiled": Now()}
         if result.succeeded:
             key = pdf_key(document.pk, revision.number, result.attempt)
             values |= {"state": Revision.State.COMPILED, "pdf_key": key}
             values |= {"pdf_sha256": result.sha256, "pdf_size": result.size}
             document.applied = revision.number
-            document.save(update_fields=["applied"])
         else:
             values |= {"state": Revision.State.FAILED}
-        Revision.objects.filter(pk=revision.pk).update(**values)
+        state = Job.State.DONE if result.succeeded else Job.State.FAILED
+        try:
+            with engine.finishing(kinds.get(COMPILE), result.job, result.attempt, state, result.reason):
+                document.save(update_fields=["applied"])
+                Revision.objects.filter(pk=revision.pk).update(**values)
+        except engine.Fenced as error:
+            raise StaleResultError(f"{error}: it is {job.state}") from error
         revision.refresh_from_db()
     return revision
 
 
-def abandon(job: Job, reason: str) -> None:
-    """End a compile whose result could not be applied, keeping the reason."""
-    with transaction.atomic(using="core"):
-        if engine.finish(COMPILE, job.uuid, job.attempt, Job.State.FAILED, reason):
-            Revision.objects.filter(job=job).update(state=Revision.State.FAILED, reason=reason, compiled=Now())
-    logger.warning("job %s failed: %s", job.uuid, reason)
+def note_failure(job: Job, reason: str) -> None:
+    """Say at the revision why there is no PDF of it."""
+    Revision.objects.filter(job_id=job.uuid).update(state=Revision.State.FAILED, reason=reason, compiled=Now())
 
 
 def _already_applied(job: Job, revision: Revision, result: Result) -> bool:

@@ -39,7 +39,7 @@ def _document(request: HttpRequest, document_id: UUID) -> Document:
 
 
 def _newest(document: Document) -> Revision:
-    return document.revisions.select_related("job").get(number=document.latest)
+    return document.revisions.get(number=document.latest)
 
 
 # --- JSON API ---------------------------------------------------------------------------------------------------------

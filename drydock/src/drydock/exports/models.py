@@ -4,6 +4,7 @@ import uuid
 
 from django.db import models
 from django.utils import timezone
+from django.utils.functional import cached_property
 
 from drydock.jobs.models import Job
 
@@ -29,7 +30,7 @@ class Export(models.Model):
     format = models.CharField(max_length=3, choices=Format.choices)
     created = models.DateTimeField(default=timezone.now)
     # Finished jobs are pruned; what they gave stays here.
-    job = models.OneToOneField(Job, on_delete=models.SET_NULL, null=True, related_name="export")
+    job_id = models.UUIDField(null=True, unique=True)
     state = models.CharField(max_length=8, choices=State.choices, default=State.PENDING)
     reason = models.TextField(blank=True)
     documents = models.PositiveIntegerField(default=0)
@@ -46,6 +47,11 @@ class Export(models.Model):
     def __str__(self) -> str:
         """Name the export for logs."""
         return f"{self.format} export {self.id}"
+
+    @cached_property
+    def job(self) -> Job | None:
+        """Its job, unless that is over and pruned."""
+        return Job.objects.using("plugins").filter(uuid=self.job_id).first() if self.job_id else None
 
     @property
     def file_name(self) -> str:

@@ -13,7 +13,7 @@ from django.views.decorators.http import require_http_methods, require_safe
 from drydock.accounts.models import User
 from drydock.exports import service
 from drydock.exports.models import Export
-from drydock.exports.tasks import CONTENT_TYPES
+from drydock.exports.worker import CONTENT_TYPES
 from drydock.web import api, describe_job, json_body, problem, stream_object, text_field, user_of
 
 LISTED = 100
@@ -45,7 +45,7 @@ def api_exports(request: HttpRequest) -> HttpResponseBase:
 @api("GET")
 def api_export(request: HttpRequest, export_id: UUID) -> HttpResponseBase:
     """Describe an export and its job."""
-    export = exports_of(user_of(request)).select_related("job").filter(pk=export_id).first()
+    export = exports_of(user_of(request)).filter(pk=export_id).first()
     if export is None:
         return _not_found()
     return JsonResponse(
@@ -113,7 +113,7 @@ def exports(request: HttpRequest) -> HttpResponse:
 @require_safe
 def export(request: HttpRequest, export_id: UUID) -> HttpResponse:
     """Show an export."""
-    shown = get_object_or_404(exports_of(user_of(request)).select_related("job"), pk=export_id)
+    shown = get_object_or_404(exports_of(user_of(request)), pk=export_id)
     return render(request, "exports/detail.html", {"export": shown})
 
 

@@ -9,15 +9,11 @@ import tempfile
 import zipfile
 from typing import IO
 
-from billiard.exceptions import SoftTimeLimitExceeded
-from celery import shared_task
-from django.conf import settings
-
 from drydock import storage
 from drydock.documents.models import Document, Revision
 from drydock.exports import service
 from drydock.exports.models import Export
-from drydock.jobs import engine
+from drydock.jobs.models import Job
 
 logger = logging.getLogger(__name__)
 
@@ -25,34 +21,19 @@ COLUMNS = ("id", "title", "revision", "state", "created", "updated", "pdf_sha256
 CONTENT_TYPES = {"zip": "application/zip", "csv": "text/csv; charset=utf-8"}
 
 
-@shared_task(
-    name=service.EXPORT.task,
-    soft_time_limit=settings.EXPORT_SOFT_TIME_LIMIT_SECONDS,
-    time_limit=settings.EXPORT_TASK_TIME_LIMIT_SECONDS,
-)
-def build_export(job_uuid: str) -> None:
+def build_export(job: Job) -> None:
     """Build the file that the job is about, store it with its hash and record it."""
-    job = engine.claim(service.EXPORT, job_uuid)
-    if job is None:
-        return
-    try:
-        export = Export.objects.get(pk=job.payload["export"])
-        with tempfile.TemporaryFile() as file:
-            documents = write_export(export, file)
-            size = file.tell()
-            file.seek(0)
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            key = f"exports/{export.pk}/a{job.attempt}.{export.format}"
-            storage.put(key, file, content_type=CONTENT_TYPES[export.format], sha256=sha256)
-        if service.complete(job, key=key, sha256=sha256, size=size, documents=documents):
-            logger.info("job %s exported %d documents, %d bytes", job.uuid, documents, size)
-    except SoftTimeLimitExceeded:
-        limit = settings.EXPORT_SOFT_TIME_LIMIT_SECONDS
-        service.fail(job, f"the export took longer than its time limit of {limit} s (OMERO_IMS_CELERY_TIME_LIMIT)")
-    except Exception as error:
-        logger.exception("job %s failed", job.uuid)
-        service.fail(job, f"{type(error).__name__}: {error}".splitlines()[0])
+    export = Export.objects.get(pk=job.payload["export"])
+    with tempfile.TemporaryFile() as file:
+        documents = write_export(export, file)
+        size = file.tell()
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        key = f"exports/{export.pk}/a{job.attempt}.{export.format}"
+        storage.put(key, file, content_type=CONTENT_TYPES[export.format], sha256=sha256)
+    service.complete(job, key=key, sha256=sha256, size=size, documents=documents)
+    logger.info("exported %d documents, %d bytes", documents, size)
 
 
 def write_export(export: Export, file: IO[bytes]) -> int:

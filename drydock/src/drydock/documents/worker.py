@@ -9,13 +9,13 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from celery import shared_task
-from django.conf import settings
+from botocore.exceptions import BotoCoreError, ClientError
 
 from drydock import config, storage
-from drydock.documents import latex, service
+from drydock.documents import latex
 from drydock.documents.models import Revision, pdf_key
 from drydock.jobs import engine
+from drydock.jobs.models import Job
 
 logger = logging.getLogger(__name__)
 
@@ -24,39 +24,30 @@ APPLY_RETRIES = 8
 APPLY_TIMEOUT_SECONDS = 10
 
 
-class ApplyError(Exception):
+class ApplyError(engine.Failure):
     """The web tier did not take a result; the message says why."""
 
 
-@shared_task(name=service.COMPILE.task, time_limit=settings.LATEX_TASK_TIME_LIMIT_SECONDS)
-def compile_latex(job_uuid: str) -> None:
-    """Compile the revision that the job is about and hand the result to the web tier."""
-    job = engine.claim(service.COMPILE, job_uuid)
-    if job is None:
-        return
+def compile_latex(job: Job) -> None:
+    """Compile the revision that the job is about and hand the result to the web tier, which ends the job."""
     revision = Revision.objects.get(pk=job.payload["revision"])
     started = time.monotonic()
-    try:
-        outcome = latex.compile_source(revision.source)
-        report: dict[str, Any] = {"job": str(job.uuid), "attempt": job.attempt, "log": outcome.log}
-        if outcome.pdf is None:
-            report |= {"succeeded": False, "reason": outcome.reason}
-        else:
-            sha256 = hashlib.sha256(outcome.pdf).hexdigest()
-            key = pdf_key(revision.document_id, revision.number, job.attempt)
-            storage.put(key, outcome.pdf, content_type="application/pdf", sha256=sha256)
-            report |= {"succeeded": True, "sha256": sha256, "size": len(outcome.pdf)}
-        apply(report)
-    except ApplyError as error:
-        service.abandon(job, f"the result was not applied: {error}")
-    except Exception as error:
-        logger.exception("job %s failed", job.uuid)
-        service.abandon(job, f"{type(error).__name__}: {error}".splitlines()[0])
+    outcome = latex.compile_source(revision.source)
+    report: dict[str, Any] = {"job": str(job.uuid), "attempt": job.attempt, "log": outcome.log}
+    if outcome.pdf is None:
+        report |= {"succeeded": False, "reason": outcome.reason}
     else:
-        logger.info(
-            "job %s compiled revision %s in %.1f s: %s",
-            job.uuid, revision, time.monotonic() - started, outcome.reason or "PDF stored",
-        )  # fmt: skip
+        sha256 = hashlib.sha256(outcome.pdf).hexdigest()
+        key = pdf_key(revision.document_id, revision.number, job.attempt)
+        try:
+            storage.put(key, outcome.pdf, content_type="application/pdf", sha256=sha256)
+        except (BotoCoreError, ClientError) as error:
+            raise engine.Again(f"the object storage did not take the PDF: {error}") from error
+        report |= {"succeeded": True, "sha256": sha256, "size": len(outcome.pdf)}
+    apply(report)
+    logger.info(
+        "compiled revision %s in %.1f s: %s", revision, time.monotonic() - started, outcome.reason or "PDF stored"
+    )
 
 
 def apply(report: dict[str, Any]) -> None:
@@ -78,11 +69,13 @@ def apply(report: dict[str, Any]) -> None:
             with error:
                 code, message = _problem(error.read(4096))
             if error.code != 409 or code != STALE:
-                raise ApplyError(f"the web tier answered {error.code} {code} {message}".strip()) from error
+                raise ApplyError(
+                    f"the result was not applied: the web tier answered {error.code} {code} {message}".strip()
+                ) from error
             if retry == APPLY_RETRIES:
-                raise ApplyError(f"{STALE}: {message}") from error
+                raise ApplyError(f"the result was not applied: {STALE}: {message}") from error
         except OSError as error:
-            raise ApplyError(f"the web tier is not reachable: {error}") from error
+            raise ApplyError(f"the result was not applied: the web tier is not reachable: {error}") from error
         time.sleep(min(2.0, 0.25 * 2**retry))
 
 
