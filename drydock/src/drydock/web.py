@@ -55,6 +55,17 @@ def json_body(request: HttpRequest) -> dict[str, Any]:
     return body
 
 
+def request_key(request: HttpRequest) -> str | None:
+    """Return the request's Idempotency-Key: who sends it again gets the same answer, and nothing is made twice.
+
+    A ValueError says what is wrong with the key.
+    """
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not (1 <= len(key) <= 100 and key.isascii() and key.isprintable()):
+        raise ValueError("The Idempotency-Key must be 1 to 100 printable ASCII characters.")
+    return key
+
+
 def text_field(body: dict[str, Any], name: str) -> str:
     """Return a field that must be text."""
     value = body.get(name)
@@ -69,6 +80,7 @@ def describe_job(job: Job | None) -> dict[str, Any] | None:
         return None
     return {
         "id": str(job.uuid), "kind": job.kind, "state": job.state, "attempt": job.attempt, "reason": job.reason,
+        "progress": job.progress,
         "created": job.created, "started": job.started, "finished": job.finished,
     }  # fmt: skip
 
