@@ -90,6 +90,9 @@ class Servers:
             "DRYDOCK_INTERNAL_TOKEN": TOKEN,
             "DRYDOCK_ALLOWED_HOSTS": "localhost testserver",
             "DRYDOCK_DATA_DIR": str(self.root / "data"),
+            "DRYDOCK_RUN_DIR": str(self.root / "run"),
+            # The tests of the limit itself start web tiers of their own.
+            "DRYDOCK_RATE_LIMIT_ACTIONS": "100000",
             # The first of the hosts is dead, as after a failover.
             "DATABASE_CORE_URL": f"postgresql://drydock@127.0.0.1:{free_port()},localhost:{ports['core']}/drydock"
             f"?sslmode=verify-full&sslrootcert={ca}&target_session_attrs=read-write",
@@ -165,7 +168,7 @@ class Servers:
     def _start_all(self) -> None:
         """Start everything, in the order in which a site would."""
         self._start_databases()
-        self._start_redis()
+        self.start_redis()
         self._start_s3()
         for name in ("core", "plugins"):
             wait_for(f"{name} answering", lambda name=name: self.sql(name, "SELECT 1", database="postgres"))
@@ -192,21 +195,31 @@ class Servers:
         command = [sys.executable, "-m", "gunicorn", "-c", "python:drydock.gunicorn_conf", *tls]
         self.start("web", [*command, "--bind", f"localhost:{self.ports['web']}", "drydock.wsgi:application"])
 
-    def start_worker(self, queue: str) -> None:
-        """Start the worker of one queue as a site does."""
-        celery = [sys.executable, "-m", "celery", "-A", "drydock.celery", "-q", "worker"]
-        options = ["-Q", queue, "-n", f"{queue}@%h", "--concurrency", "1", "--without-gossip", "--without-mingle"]
-        self.start(queue, [*celery, *options])
+    def start_worker(self, queue: str, *, name: str = "", app: str = "drydock.celery") -> None:
+        """Start a worker of one queue as a site does."""
+        celery = [sys.executable, "-m", "celery", "-A", app, "-q", "worker"]
+        name = name or queue
+        options = ["-Q", queue, "-n", f"{name}@%h", "--concurrency", "1", "--without-gossip", "--without-mingle"]
+        self.start(name, [*celery, *options])
 
-    def start_relay(self) -> None:
+    def start_relay(self, *command: str) -> None:
         """Start the relay as a site does."""
         listen = f"127.0.0.1:{self.ports['relay']}"
-        self.start("relay", [sys.executable, "-m", "drydock", "relay", "--listen", listen])
+        self.start("relay", [sys.executable, "-m", "drydock", *(command or ("relay",)), "--listen", listen])
 
-    def stop(self, name: str) -> None:
+    def signal_all(self, name: str, number: signal.Signals) -> None:
+        """Send a signal to a server and to everything that it has started."""
+        os.killpg(self.processes[name].pid, number)
+
+    def kill(self, name: str) -> None:
+        """End a server at once, as a power cut would: it has no say."""
+        self.signal_all(name, signal.SIGKILL)
+        self.processes.pop(name).wait()
+
+    def stop(self, name: str, number: signal.Signals | None = None) -> None:
         """End a server and everything that it has started."""
         process = self.processes.pop(name)
-        process.send_signal(signal.SIGINT if name in ("core", "plugins") else signal.SIGTERM)
+        process.send_signal(number or (signal.SIGINT if name in ("core", "plugins") else signal.SIGTERM))
         try:
             process.wait(15)
         except subprocess.TimeoutExpired:
@@ -242,11 +255,8 @@ class Servers:
     # --- Servers ------------------------------------------------------------------------------------------------------
 
     def _start_databases(self) -> None:
-        """Start two clusters; PostgreSQL refuses to run as root, so root becomes `postgres` for it."""
-        account = pwd.getpwnam("postgres") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
-        become: dict[str, Any] = {}
-        if os.geteuid() == 0:
-            become = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+        """Make two clusters and start them."""
+        account, become = self._postgres()
         home = self.root / "postgresql"
         home.mkdir()
         for file in ("host.crt", "host.key"):
@@ -260,21 +270,36 @@ class Servers:
         subprocess.run([*initdb, f"{home}/core"], check=True, capture_output=True, cwd="/", **become)
         subprocess.run(["cp", "-a", f"{home}/core", f"{home}/plugins"], check=True)
         for name in ("core", "plugins"):
-            settings = {
-                "port": self.ports[name], "listen_addresses": "localhost", "unix_socket_directories": "",
-                "fsync": "off",
-                "ssl": "on", "ssl_cert_file": f"{home}/host.crt", "ssl_key_file": f"{home}/host.key",
-            }  # fmt: skip
-            command = ["/usr/lib/postgresql/15/bin/postgres", "-D", f"{home}/{name}"]
-            for key, value in settings.items():
-                command += ["-c", f"{key}={value}"]
-            self.start(name, command, env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8"}, **become)
+            self.start_database(name)
 
-    def _start_redis(self) -> None:
+    @staticmethod
+    def _postgres() -> tuple[pwd.struct_passwd, dict[str, Any]]:
+        """Return whose the clusters are: PostgreSQL refuses to run as root, so root becomes `postgres` for it."""
+        if os.geteuid() != 0:
+            return pwd.getpwuid(os.geteuid()), {}
+        account = pwd.getpwnam("postgres")
+        return account, {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+
+    def start_database(self, name: str) -> None:
+        """Start one of the two clusters."""
+        home = self.root / "postgresql"
+        settings = {
+            "port": self.ports[name], "listen_addresses": "localhost", "unix_socket_directories": "",
+            "fsync": "off",
+            "ssl": "on", "ssl_cert_file": f"{home}/host.crt", "ssl_key_file": f"{home}/host.key",
+        }  # fmt: skip
+        command = ["/usr/lib/postgresql/15/bin/postgres", "-D", f"{home}/{name}"]
+        for key, value in settings.items():
+            command += ["-c", f"{key}={value}"]
+        self.start(name, command, env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8"}, **self._postgres()[1])
+
+    def start_redis(self, *, persistent: bool = False) -> None:
+        """Start the broker, which by itself remembers nothing over a restart."""
         lines = {
             "port": "0", "tls-port": str(self.ports["redis"]), "bind": "127.0.0.1", "save": '""', "dir": str(self.root),
             "tls-cert-file": f"{self.root}/host.crt", "tls-key-file": f"{self.root}/host.key",
             "tls-ca-cert-file": f"{self.root}/ca.crt", "tls-auth-clients": "no", "maxmemory-policy": "noeviction",
+            "appendonly": "yes" if persistent else "no",
         }  # fmt: skip
         text = "".join(f"{key} {value}\n" for key, value in lines.items())
         users = f"user default off\nuser drydock on >{PASSWORD} ~* &* +@all\n"
