@@ -79,6 +79,17 @@ VARIABLES = {
         Variable("LATEX_ENGINE", "the LaTeX engine: " + ", ".join(LATEX_ENGINES), "lualatex", "lualatex"),
         Variable("LATEX_COMPILE_TIMEOUT_MS", "longest LaTeX compile in milliseconds", "120000", "120000"),
         Variable("OMERO_IMS_CELERY_TIME_LIMIT", "longest export in seconds", "600", "600"),
+        Variable(
+            "OMERO_SCRIPTS_PROCESSORS", "how many scripts a script processor runs at once; 0 disables exports", "2", "2"
+        ),
+        Variable(
+            "PROCESSOR_URL", "where the script processors are", "https://processor1:8002", "http://127.0.0.1:8002"
+        ),
+        Variable("PROCESSOR_CERTIFICATE", "certificate of the script processor, for TLS", "/etc/ssl/host.crt", ""),
+        Variable("PROCESSOR_KEY", "private key of PROCESSOR_CERTIFICATE", "/etc/ssl/host.key", ""),
+        Variable("DRYDOCK_RUN_DIR", "directory on tmpfs for job files, writable", "/run/drydock", "/run/drydock"),
+        Variable("DRYDOCK_RATE_LIMIT_ACTIONS", "how many major actions a user may start in the time", "6", "6"),
+        Variable("DRYDOCK_RATE_LIMIT_SECONDS", "the time of DRYDOCK_RATE_LIMIT_ACTIONS, in seconds", "60", "60"),
     )
 }
 
@@ -107,6 +118,13 @@ class Config:
     latex_engine: str
     latex_compile_timeout_seconds: float
     export_time_limit_seconds: int
+    script_processors: int
+    processor_urls: list[str]
+    processor_certificate: str
+    processor_key: str
+    run_dir: Path
+    rate_limit_actions: int
+    rate_limit_seconds: int
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Config":
@@ -153,6 +171,14 @@ class Config:
             latex_engine=read("LATEX_ENGINE", _engine, ""),
             latex_compile_timeout_seconds=read("LATEX_COMPILE_TIMEOUT_MS", _whole_number(1), 1) / 1000,
             export_time_limit_seconds=read("OMERO_IMS_CELERY_TIME_LIMIT", _whole_number(1), 1),
+            script_processors=read("OMERO_SCRIPTS_PROCESSORS", _whole_number(0), 0),
+            processor_urls=read("PROCESSOR_URL", _http_urls, []),
+            # Credentials of the processor alone: that they are readable and fit is for its own start to check.
+            processor_certificate=read("PROCESSOR_CERTIFICATE", str, ""),
+            processor_key=read("PROCESSOR_KEY", str, ""),
+            run_dir=read("DRYDOCK_RUN_DIR", _absolute_path, Path("/")),
+            rate_limit_actions=read("DRYDOCK_RATE_LIMIT_ACTIONS", _whole_number(1), 1),
+            rate_limit_seconds=read("DRYDOCK_RATE_LIMIT_SECONDS", _whole_number(1), 1),
         )
         if problems:
             raise ConfigurationError("\n".join(f"drydock: {problem}" for problem in problems))
@@ -201,6 +227,10 @@ def _http_url(text: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{text!r} is not an http(s) URL")
     return text.rstrip("/")
+
+
+def _http_urls(text: str) -> list[str]:
+    return [_http_url(word) for word in _words(text)]
 
 
 def _engine(text: str) -> str:
