@@ -1,5 +1,6 @@
 """The job table: accepted with its cause, claimed once, finished behind its fence."""
 
+import math
 import threading
 import uuid
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from django.db.models import Sum
 
 from drydock.jobs import context, engine, kinds, relay, tasks
 from drydock.jobs.kinds import Kind
-from drydock.jobs.models import Job, Tally
+from drydock.jobs.models import Heartbeat, Job, Latency, Tally
 from platform_servers import Servers, wait_for
 
 pytestmark = pytest.mark.usefixtures("servers")
@@ -132,6 +133,43 @@ def test_a_lost_lease_is_returned_and_its_first_holder_is_fenced_off(kind: Kind)
     assert counted(kind) == {"lease expired": 1, "done": 1}
 
 
+def test_how_long_a_job_took_outlives_it(kind: Kind) -> None:
+    job = claimed(kind)
+    jobs().filter(uuid=job.uuid).update(created=engine._from_now(-45), started=engine._from_now(-43))
+    with engine.finishing(kind, job.uuid, job.attempt):
+        pass
+    late = claimed(kind)
+    jobs().filter(uuid=late.uuid).update(created=engine._from_now(-7200))
+    engine.fail(kind, late, "too late")
+    jobs().filter(kind=kind.name).delete()
+    rows = Latency.objects.using("plugins").filter(kind=kind.name).order_by("state", "until")
+    assert [(row.state, row.until, row.le, row.count) for row in rows] == [
+        ("done", "end", 60, 1), ("done", "start", 2.5, 1),
+        ("failed", "end", math.inf, 1), ("failed", "start", math.inf, 1),
+    ]  # fmt: skip
+    assert 45 <= rows[0].seconds < 60
+
+
+def test_an_operator_can_let_a_waiting_job_run_now(kind: Kind) -> None:
+    later = accept(kind, run_after=engine._from_now(3600))
+    jobs().filter(uuid=later.uuid).update(bells=7)
+    assert engine.run_now("plugins", later.uuid)
+    assert now(later).bells == 0
+    assert engine.claim(kind, later.uuid)
+    assert not engine.run_now("plugins", later.uuid), "it runs already"
+
+
+def test_the_lines_of_the_lease_thread_say_which_job_they_are_about(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, str]] = []
+    monkeypatch.setattr(engine, "renew", lambda *_: seen.append(context.fields()))
+    job = claimed(changed(kind, monkeypatch, lease_seconds=0.3))
+    with context.bound(**context.of(job)), engine.lease_kept(kinds.get(kind.name), job):
+        wait_for("a renewal", lambda: seen, 10)
+    assert seen[0] == {"job": str(job.uuid), "kind": kind.name, "attempt": "1"}
+
+
 def test_an_effect_that_fails_leaves_the_job_running(kind: Kind) -> None:
     job = claimed(kind)
     with pytest.raises(ZeroDivisionError), engine.finishing(kind, job.uuid, job.attempt):
@@ -155,8 +193,8 @@ def test_attempts_are_capped_and_a_dead_job_says_why(kind: Kind, monkeypatch: py
 def test_a_job_of_an_unknown_kind_holds_nobody_up(kind: Kind) -> None:
     job = claimed(kind)
     jobs().filter(uuid=job.uuid).update(kind="gone", attempt=2, lease_until=PAST)
-    assert engine.reap("plugins") >= 1
-    assert now(job).state == "dead"
+    engine.reap("plugins")
+    wait_for("the job being buried, by us or by the relay", lambda: now(job).state == "dead", 10)
     jobs().filter(uuid=job.uuid).delete()
 
 
@@ -337,6 +375,30 @@ def test_the_relay_goes_on_when_a_pass_fails() -> None:
     thread.join(10)
     assert not thread.is_alive()
     assert running.stalled() == []
+
+
+@pytest.mark.usefixtures("own_relay")
+def test_the_relay_leaves_a_heartbeat_while_its_passes_succeed() -> None:
+    beats = Heartbeat.objects.using("plugins").filter(name=relay.HEARTBEAT)
+    beats.delete()
+
+    def run(*duties: object, until: str, condition: object) -> None:
+        running = relay.Relay(databases=["plugins"], duties=duties)  # type: ignore[arg-type]
+        thread = threading.Thread(target=running.run)
+        thread.start()
+        wait_for(until, condition, 10)  # type: ignore[arg-type]
+        running.stop()
+        thread.join(10)
+
+    passes: list[str] = []
+
+    def failing(database: str) -> int:
+        passes.append(database)
+        raise ZeroDivisionError
+
+    run(failing, until="a second pass", condition=lambda: len(passes) > 1)
+    assert not beats.exists()
+    run(until="a heartbeat", condition=beats.exists)
 
 
 def test_the_relay_says_when_it_is_stalled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ Every move is one conditional UPDATE (or works on rows that it has locked). It s
 happened, so two workers can never both believe that a job is theirs.
 """
 
+import contextvars
 import logging
 import random
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from django.db.models.functions import Now, RowNumber
 
 from drydock.jobs import context, kinds
 from drydock.jobs.kinds import Kind
-from drydock.jobs.models import Job, Tally
+from drydock.jobs.models import Heartbeat, Job, Latency, Tally
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +122,8 @@ def finishing(
             raise Fenced(f"attempt {attempt} does not hold job {uuid}")
         yield
         tally(kind.database, kind.name, state)
+        with connections[kind.database].cursor() as cursor:
+            cursor.execute(TOOK, {"uuid": uuid, "bounds": list(Latency.BOUNDS), "shard": _shard()})
 
 
 def fail(kind: Kind, job: Job, reason: str, state: Job.State = Job.State.FAILED) -> None:
@@ -176,12 +180,26 @@ def lease_kept(kind: Kind, job: Job) -> Iterator[None]:
                 connections.close_all()
             over.wait(1)
 
-    thread = threading.Thread(target=keep, name=f"lease-{job.uuid}", daemon=True)
+    # In a copy of the context, so that its log lines say which job they are about, too.
+    run = contextvars.copy_context().run
+    thread = threading.Thread(target=run, args=[keep], name=f"lease-{job.uuid}", daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
+
+
+# --- An operator's move -----------------------------------------------------------------------------------------------
+
+
+def run_now(database: str, uuid: UUID | str) -> bool:
+    """Let a waiting job wait no longer, whatever it was deferred for; False: it is not waiting (any more)."""
+    waiting = Job.objects.using(database).filter(uuid=uuid, state=Job.State.QUEUED)
+    with transaction.atomic(using=database), connections[database].cursor() as cursor:
+        changed = waiting.update(run_after=Now(), bell_after=Now(), bells=0)
+        cursor.execute("SELECT pg_notify(%s, '')", [CHANNEL])
+    return bool(changed)
 
 
 # --- The relay's moves ------------------------------------------------------------------------------------------------
@@ -206,16 +224,21 @@ def _reap_one(database: str) -> bool:
         )
         if job is None:
             return False
-        tally(database, job.kind, "lease expired")
-        if job.attempt - job.deferred >= job.max_attempts:
-            _bury(database, job)
-            return True
-        _held(database, job.uuid, job.attempt).update(
-            state=Job.State.QUEUED, lease_until=None, bells=0, run_after=Now(), bell_after=Now(),
-            reason=f"attempt {job.attempt} was lost with its worker {job.worker}".rstrip(),
-        )  # fmt: skip
-        logger.warning("job %s (%s) was lost with its worker %s: queued again", job.uuid, job.kind, job.worker)
+        with context.bound(**context.of(job)):
+            _take_back(database, job)
         return True
+
+
+def _take_back(database: str, job: Job) -> None:
+    tally(database, job.kind, "lease expired")
+    if job.attempt - job.deferred >= job.max_attempts:
+        _bury(database, job)
+        return
+    _held(database, job.uuid, job.attempt).update(
+        state=Job.State.QUEUED, lease_until=None, bells=0, run_after=Now(), bell_after=Now(),
+        reason=f"attempt {job.attempt} was lost with its worker {job.worker}".rstrip(),
+    )  # fmt: skip
+    logger.warning("job %s (%s) was lost with its worker %s: queued again", job.uuid, job.kind, job.worker)
 
 
 def _bury(database: str, job: Job) -> None:
@@ -261,8 +284,35 @@ def tally(database: str, subject: str, event: str, by: int = 1) -> None:
         cursor.execute(
             "INSERT INTO jobs_tally (subject, event, shard, count) VALUES (%s, %s, %s, %s)"
             " ON CONFLICT (subject, event, shard) DO UPDATE SET count = jobs_tally.count + excluded.count",
-            [subject, str(event), random.randrange(Tally.SHARDS), by],  # noqa: S311 - spreads, and hides nothing
+            [subject, str(event), _shard(), by],
         )
+
+
+# How long the job that has just ended took: one statement, by the times in its row. Every transaction takes the
+# rows in the same order (a count, then `start`, then `end`), so that none waits for another in a circle.
+TOOK = """
+INSERT INTO jobs_latency (kind, state, until, le, shard, count, seconds)
+SELECT kind, state, until, bounds[width_bucket(took, bounds) + 1], %(shard)s, 1, took
+FROM jobs_job, (SELECT %(bounds)s::float8[]) AS histogram (bounds), LATERAL (VALUES
+  ('start', greatest(0, extract(epoch FROM started - created)::float8)),
+  ('end', greatest(0, extract(epoch FROM finished - created)::float8))
+) AS measured (until, took)
+WHERE uuid = %(uuid)s AND took IS NOT NULL
+ON CONFLICT (kind, state, until, le, shard)
+  DO UPDATE SET count = jobs_latency.count + 1, seconds = jobs_latency.seconds + excluded.seconds
+"""
+
+
+def beat(database: str, name: str) -> None:
+    """Note that a service has just done its work for this database."""
+    Heartbeat.objects.using(database).bulk_create(
+        [Heartbeat(name=name, at=Now(), host=socket.gethostname())],
+        update_conflicts=True, update_fields=["at", "host"], unique_fields=["name"],
+    )  # fmt: skip
+
+
+def _shard() -> int:
+    return random.randrange(Tally.SHARDS)  # noqa: S311 - spreads, and hides nothing
 
 
 def _from_now(seconds: float) -> models.ExpressionWrapper:

@@ -1,5 +1,6 @@
 """The job table: what was accepted, and what became of it. The broker only rings the bell; the truth is here."""
 
+import math
 import uuid
 
 from django.db import models
@@ -95,3 +96,44 @@ class Tally(models.Model):
     def __str__(self) -> str:
         """Name the count for logs."""
         return f"{self.subject} {self.event}: {self.count}"
+
+
+class Latency(models.Model):
+    """How long jobs took since their acceptance, counted in buckets: it outlives the jobs as `Tally` does.
+
+    `start`: until the attempt began that ended the job; `end`: until the job was over. The buckets are not cumulative.
+    """
+
+    BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, math.inf)
+
+    kind = models.CharField(max_length=64)
+    state = models.CharField(max_length=8)
+    until = models.CharField(max_length=5)
+    # The bucket: the time is below this bound, and not below the one before.
+    le = models.FloatField()
+    shard = models.PositiveSmallIntegerField()
+    count = models.PositiveBigIntegerField()
+    seconds = models.FloatField()
+
+    class Meta:
+        """One row for each bucket and shard."""
+
+        constraints = (
+            models.UniqueConstraint(fields=["kind", "state", "until", "le", "shard"], name="jobs_latency_once"),
+        )
+
+    def __str__(self) -> str:
+        """Name the bucket for logs."""
+        return f"{self.kind} {self.state} {self.until} {self.le}: {self.count}"
+
+
+class Heartbeat(models.Model):
+    """When a service that nobody calls, such as the relay, last did its work for this database."""
+
+    name = models.CharField(max_length=64, primary_key=True)
+    at = models.DateTimeField(db_default=Now())
+    host = models.CharField(max_length=200, blank=True, db_default="")
+
+    def __str__(self) -> str:
+        """Name the service for logs."""
+        return f"{self.name} on {self.host}"

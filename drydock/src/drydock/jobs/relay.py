@@ -31,6 +31,8 @@ FIRST_BELL_SECONDS, MOST_BELL_SECONDS = 5, 20
 # So many bells wait in the broker at most: without workers they must not pile up.
 WINDOW = 500
 STALLED_SECONDS = 30.0
+HEARTBEAT = "relay"
+HEARTBEAT_SECONDS = 5.0
 
 DUE = """
 UPDATE jobs_job SET bells = least(bells + 1, 1000),
@@ -118,7 +120,7 @@ class Relay:
         return [name for name, last in self.passed.items() if now - last > STALLED_SECONDS]
 
     def _work(self, database: str) -> None:
-        pruned = 0.0
+        pruned = beaten = 0.0
         while not self.stopping.is_set():
             try:
                 self._listen(database)
@@ -128,6 +130,9 @@ class Relay:
                     engine.prune(database)
                     pruned = time.monotonic()
                 self.passed[database] = time.monotonic()
+                if self.passed[database] - beaten > HEARTBEAT_SECONDS:
+                    engine.beat(database, HEARTBEAT)
+                    beaten = self.passed[database]
                 for _ in connections[database].connection.notifies(timeout=PASS_SECONDS, stop_after=1):
                     pass
             except BrokerError as error:

@@ -22,8 +22,7 @@ def run(self: Any, kind_name: str, uuid: str) -> None:
     job = engine.claim(kind, uuid, worker=self.request.hostname or "")
     if job is None:
         return
-    fields = {"job": str(job.uuid), "kind": kind.name, "attempt": str(job.attempt), "request": job.request_id}
-    with context.bound(**fields), engine.lease_kept(kind, job):
+    with context.bound(**context.of(job)), engine.lease_kept(kind, job):
         perform(kind, job)
 
 
