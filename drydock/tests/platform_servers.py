@@ -189,11 +189,13 @@ class Servers:
         wait_for("web answering", lambda: self.get("/health"))
         wait_for("both workers answering", self.ping)
 
-    def start_web(self) -> None:
-        """Start the web tier as a site does, but with TLS of its own in place of the proxy's."""
+    def start_web(self, name: str = "web", **changes: str) -> None:
+        """Start a web tier as a site does, but with TLS of its own in place of the proxy's."""
         tls = ["--certfile", str(self.root / "host.crt"), "--keyfile", str(self.root / "host.key")]
         command = [sys.executable, "-m", "gunicorn", "-c", "python:drydock.gunicorn_conf", *tls]
-        self.start("web", [*command, "--bind", f"localhost:{self.ports['web']}", "drydock.wsgi:application"])
+        address = f"localhost:{self.ports.setdefault(name, free_port())}"
+        environment = self.child_environment(**changes)
+        self.start(name, [*command, "--bind", address, "drydock.wsgi:application"], env=environment)
 
     def start_worker(self, queue: str, *, name: str = "", app: str = "drydock.celery") -> None:
         """Start a worker of one queue as a site does."""

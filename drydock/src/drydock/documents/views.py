@@ -15,6 +15,7 @@ from drydock.accounts.models import User
 from drydock.documents import service
 from drydock.documents.models import Document, Revision
 from drydock.operations.auth import internal
+from drydock.ratelimit import limited
 from drydock.web import api, describe_job, json_body, problem, stream_object, text_field, user_of
 
 LOG_TAIL_CHARACTERS = 4000
@@ -46,6 +47,7 @@ def _newest(document: Document) -> Revision:
 
 
 @api("GET", "POST")
+@limited
 def api_documents(request: HttpRequest) -> HttpResponseBase:
     """List documents, or accept a new one."""
     if request.method == "GET":
@@ -62,6 +64,7 @@ def api_documents(request: HttpRequest) -> HttpResponseBase:
 
 
 @api("POST")
+@limited
 def api_revisions(request: HttpRequest, document_id: UUID) -> HttpResponseBase:
     """Accept a new revision of a document."""
     document = documents_of(user_of(request)).filter(pk=document_id).first()
@@ -159,6 +162,7 @@ def documents(request: HttpRequest) -> HttpResponse:
 
 @login_required
 @require_http_methods(["GET", "HEAD", "POST"])
+@limited
 def new_document(request: HttpRequest) -> HttpResponse:
     """Write a new document."""
     title, source, error = request.POST.get("title", ""), request.POST.get("source", EXAMPLE_SOURCE), ""
@@ -175,6 +179,7 @@ def new_document(request: HttpRequest) -> HttpResponse:
 
 @login_required
 @require_http_methods(["GET", "HEAD", "POST"])
+@limited
 def document(request: HttpRequest, document_id: UUID) -> HttpResponse:
     """Show a document with its compile, and take its next revision."""
     shown = _document(request, document_id)

@@ -14,6 +14,7 @@ from drydock.accounts.models import User
 from drydock.exports import service
 from drydock.exports.models import Export
 from drydock.exports.worker import CONTENT_TYPES
+from drydock.ratelimit import limited
 from drydock.web import api, describe_job, json_body, problem, stream_object, text_field, user_of
 
 LISTED = 100
@@ -28,6 +29,7 @@ def exports_of(user: User) -> QuerySet[Export]:
 
 
 @api("GET", "POST")
+@limited
 def api_exports(request: HttpRequest) -> HttpResponseBase:
     """List exports, or accept the wish for one."""
     user = user_of(request)
@@ -95,6 +97,7 @@ def _file(export: Export) -> HttpResponseBase:
 
 @login_required
 @require_http_methods(["GET", "HEAD", "POST"])
+@limited
 def exports(request: HttpRequest) -> HttpResponse:
     """List the user's exports and take the wish for a new one."""
     user = user_of(request)
