@@ -16,6 +16,7 @@ def test_the_router_keeps_every_app_on_its_database(servers: Servers) -> None:
     core, plugins = tables(servers, "core"), tables(servers, "plugins")
     assert plugins == {"django_migrations", "jobs_job", "jobs_tally", "jobs_latency", "jobs_heartbeat", "exports_export"}
     assert {"jobs_job", "documents_document", "documents_revision", "accounts_user", "django_session"} <= core
+    assert {"learning_unit", "learning_attempt", "learning_photo", "learning_availability"} <= core
     assert "exports_export" not in core
 
 

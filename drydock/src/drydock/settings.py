@@ -28,16 +28,19 @@ INSTALLED_APPS = [
     "drydock.jobs",
     "drydock.documents",
     "drydock.exports",
+    "drydock.processor",
+    "drydock.learning",
     "drydock.operations",
 ]
 MIDDLEWARE = [
+    "drydock.middleware.RequestIdentity",
     "django.middleware.security.SecurityMiddleware",
     "drydock.middleware.ContentSecurityPolicy",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
-    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "drydock.middleware.Authentication",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
 ]
 TEMPLATES: list[dict[str, Any]] = [
@@ -77,6 +80,7 @@ SESSION_COOKIE_HTTPONLY = True
 SESSION_COOKIE_AGE = 12 * 3600
 CSRF_COOKIE_SECURE = True
 CSRF_TRUSTED_ORIGINS = CONFIG.csrf_trusted_origins
+CSRF_FAILURE_VIEW = "drydock.operations.errors.csrf_failure"
 X_FRAME_OPTIONS = "DENY"
 DATA_UPLOAD_MAX_MEMORY_SIZE = 2 * 1024 * 1024
 SILENCED_SYSTEM_CHECKS = [

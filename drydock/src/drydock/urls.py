@@ -6,6 +6,7 @@ from django.urls import path
 from drydock.accounts import views as accounts
 from drydock.documents import views as documents
 from drydock.exports import views as exports
+from drydock.learning import views as learning
 from drydock.operations import views as operations
 
 login_view = auth_views.LoginView.as_view(template_name="accounts/login.html", redirect_authenticated_user=True)
@@ -26,6 +27,12 @@ urlpatterns = [
     path("api/exports", exports.api_exports),
     path("api/exports/<uuid:export_id>", exports.api_export, name="api-export"),
     path("api/exports/<uuid:export_id>/download", exports.api_export_download, name="api-export-download"),
+    path("api/units", learning.api_units),
+    path("api/units/<slug:slug>", learning.api_unit, name="api-unit"),
+    path("api/units/<slug:slug>/attempts", learning.api_attempts),
+    path("api/units/<slug:slug>/photos", learning.api_photos_of_unit),
+    path("api/photos", learning.api_photos),
+    path("api/photos/<uuid:photo_id>/review", learning.api_review),
     # For people
     path("", accounts.dashboard, name="dashboard"),
     path("login", login_view, name="login"),
@@ -37,4 +44,15 @@ urlpatterns = [
     path("exports/", exports.exports, name="exports"),
     path("exports/<uuid:export_id>/", exports.export, name="export"),
     path("exports/<uuid:export_id>/download", exports.export_download, name="export-download"),
+    path("units/", learning.units, name="units"),
+    path("units/<slug:slug>/", learning.unit, name="unit"),
+    path("units/<slug:slug>/attempts", learning.attempt, name="unit-attempt"),
+    path("units/<slug:slug>/photos", learning.photo, name="unit-photo"),
+    path("review/", learning.review, name="review"),
+    path("review/<uuid:photo_id>", learning.decide, name="review-photo"),
 ]
+
+handler400 = "drydock.operations.errors.bad_request"
+handler403 = "drydock.operations.errors.forbidden"
+handler404 = "drydock.operations.errors.not_found"
+handler500 = "drydock.operations.errors.server_error"

@@ -7,6 +7,7 @@ from django.views.decorators.http import require_safe
 
 from drydock.documents.views import document_rows
 from drydock.exports.views import exports_of
+from drydock.learning.service import standings
 from drydock.web import user_of
 
 SHOWN = 5
@@ -15,10 +16,14 @@ SHOWN = 5
 @login_required
 @require_safe
 def dashboard(request: HttpRequest) -> HttpResponse:
-    """Show the newest documents and exports."""
+    """Show the units and the newest documents and exports."""
     user = user_of(request)
     return render(
         request,
         "accounts/dashboard.html",
-        {"rows": document_rows(user, SHOWN), "exports": list(exports_of(user)[:SHOWN])},
+        {
+            "standings": standings(user),
+            "rows": document_rows(user, SHOWN),
+            "exports": list(exports_of(user)[:SHOWN]),
+        },
     )
