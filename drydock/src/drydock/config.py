@@ -27,7 +27,7 @@ DATABASE_CLIENT_OPTIONS: dict[str, Any] = {
     "keepalives_count": 3,
     "application_name": "drydock",
 }
-LATEX_ENGINES = ("lualatex", "pdflatex", "xelatex")
+LATEX_ENGINES = ("lualatex", "pdflatex", "tectonic")
 
 
 class ConfigurationError(SystemExit):
@@ -78,6 +78,7 @@ VARIABLES = {
         Variable("PLATFORM_CA_FILE", "certificate authority of INTERNAL_API_URL", "/etc/ssl/ca.crt", ""),
         Variable("LATEX_ENGINE", "the LaTeX engine: " + ", ".join(LATEX_ENGINES), "lualatex", "lualatex"),
         Variable("LATEX_COMPILE_TIMEOUT_MS", "longest LaTeX compile in milliseconds", "120000", "120000"),
+        Variable("DRYDOCK_LEASE_SECONDS", "silence after which a worker has lost its job", "30", "30"),
         Variable("OMERO_IMS_CELERY_TIME_LIMIT", "longest export in seconds", "600", "600"),
         Variable(
             "OMERO_SCRIPTS_PROCESSORS", "how many scripts a script processor runs at once; 0 disables exports", "2", "2"
@@ -117,6 +118,7 @@ class Config:
     platform_ca_file: str
     latex_engine: str
     latex_compile_timeout_seconds: float
+    lease_seconds: int
     export_time_limit_seconds: int
     script_processors: int
     processor_urls: list[str]
@@ -170,6 +172,7 @@ class Config:
             platform_ca_file=read("PLATFORM_CA_FILE", _readable_file, ""),
             latex_engine=read("LATEX_ENGINE", _engine, ""),
             latex_compile_timeout_seconds=read("LATEX_COMPILE_TIMEOUT_MS", _whole_number(1), 1) / 1000,
+            lease_seconds=read("DRYDOCK_LEASE_SECONDS", _whole_number(3), 3),
             export_time_limit_seconds=read("OMERO_IMS_CELERY_TIME_LIMIT", _whole_number(1), 1),
             script_processors=read("OMERO_SCRIPTS_PROCESSORS", _whole_number(0), 0),
             processor_urls=read("PROCESSOR_URL", _http_urls, []),

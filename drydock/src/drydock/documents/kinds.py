@@ -2,6 +2,7 @@
 
 from django.conf import settings
 
+from drydock import config
 from drydock.documents import service, worker
 from drydock.jobs import kinds
 
@@ -12,6 +13,7 @@ kinds.register(
         queue="latex.compile",
         run=worker.compile_latex,
         failed=service.note_failure,
+        lease_seconds=config.load().lease_seconds,
         time_limit_seconds=settings.LATEX_TASK_TIME_LIMIT_SECONDS,
         # A compile that fails is never tried again (that is `failed`); these attempts are for lost workers.
         max_attempts=5,
