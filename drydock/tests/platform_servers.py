@@ -73,7 +73,7 @@ class Servers:
         self.root = Path(tempfile.mkdtemp(prefix="drydock-tests-"))
         self.root.chmod(0o755)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        names = ("core", "plugins", "redis", "s3", "web", "relay")
+        names = ("core", "plugins", "redis", "s3", "web", "relay", "processor")
         self.ports = {name: free_port() for name in names}
         self._make_certificates()
         self.ca = self.root / "ca.crt"
@@ -109,6 +109,9 @@ class Servers:
             "S3_CA_FILE": ca,
             "INTERNAL_API_URL": f"https://localhost:{ports['web']}",
             "PLATFORM_CA_FILE": ca,
+            "PROCESSOR_URL": f"https://localhost:{ports['processor']}",
+            "PROCESSOR_CERTIFICATE": str(self.root / "host.crt"),
+            "PROCESSOR_KEY": str(self.root / "host.key"),
         }
 
     def _make_certificates(self) -> None:
@@ -186,8 +189,11 @@ class Servers:
         self.start_worker("latex.compile")
         self.start_worker("export")
         self.start_relay()
+        self.start_processor()
         wait_for("web answering", lambda: self.get("/health"))
         wait_for("both workers answering", self.ping)
+        assert self.drydock("ensure_job_service").returncode == 0
+        self.processor_answers()
 
     def start_web(self, name: str = "web", **changes: str) -> None:
         """Start a web tier as a site does, but with TLS of its own in place of the proxy's."""
@@ -197,17 +203,29 @@ class Servers:
         environment = self.child_environment(**changes)
         self.start(name, [*command, "--bind", address, "drydock.wsgi:application"], env=environment)
 
-    def start_worker(self, queue: str, *, name: str = "", app: str = "drydock.celery") -> None:
+    def start_worker(self, queue: str, *, name: str = "", app: str = "drydock.celery", **changes: str) -> None:
         """Start a worker of one queue as a site does."""
         celery = [sys.executable, "-m", "celery", "-A", app, "-q", "worker"]
         name = name or queue
         options = ["-Q", queue, "-n", f"{name}@%h", "--concurrency", "1", "--without-gossip", "--without-mingle"]
-        self.start(name, [*celery, *options])
+        self.start(name, [*celery, *options], env=self.child_environment(**changes))
 
-    def start_relay(self, *command: str) -> None:
+    def start_relay(self, *command: str, **changes: str) -> None:
         """Start the relay as a site does."""
         listen = f"127.0.0.1:{self.ports['relay']}"
-        self.start("relay", [sys.executable, "-m", "drydock", *(command or ("relay",)), "--listen", listen])
+        arguments = [*(command or ("relay",)), "--listen", listen]
+        self.start("relay", [sys.executable, "-m", "drydock", *arguments], env=self.child_environment(**changes))
+
+    def start_processor(self, name: str = "processor", **changes: str) -> None:
+        """Start a script processor as a site does."""
+        listen = f"127.0.0.1:{self.ports.setdefault(name, free_port())}"
+        command = [sys.executable, "-m", "drydock", "processor", "--listen", listen]
+        self.start(name, command, env=self.child_environment(**changes))
+
+    def processor_answers(self, name: str = "processor") -> None:
+        """Wait until a script processor's health check succeeds."""
+        url = f"https://localhost:{self.ports[name]}"
+        wait_for(f"{name} answering", lambda: self.drydock("check_processor", "--url", url).returncode == 0)
 
     def signal_all(self, name: str, number: signal.Signals) -> None:
         """Send a signal to a server and to everything that it has started."""

@@ -14,7 +14,8 @@ def tables(servers: Servers, cluster: str) -> set[str]:
 
 def test_the_router_keeps_every_app_on_its_database(servers: Servers) -> None:
     core, plugins = tables(servers, "core"), tables(servers, "plugins")
-    assert plugins == {"django_migrations", "jobs_job", "jobs_tally", "jobs_latency", "jobs_heartbeat", "exports_export"}
+    jobs = {"jobs_job", "jobs_tally", "jobs_latency", "jobs_heartbeat"}
+    assert plugins == {"django_migrations", "exports_export", "processor_script", "processor_processor"} | jobs
     assert {"jobs_job", "documents_document", "documents_revision", "accounts_user", "django_session"} <= core
     assert {"learning_unit", "learning_attempt", "learning_photo", "learning_availability"} <= core
     assert "exports_export" not in core

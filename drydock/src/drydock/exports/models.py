@@ -8,6 +8,8 @@ from django.utils.functional import cached_property
 
 from drydock.jobs.models import Job
 
+CONTENT_TYPES = {"zip": "application/zip", "csv": "text/csv; charset=utf-8"}
+
 
 class Export(models.Model):
     """One file made of a user's documents. The user lives on the other database, hence only an id."""
@@ -38,10 +40,15 @@ class Export(models.Model):
     sha256 = models.CharField(max_length=64, blank=True)
     size = models.PositiveBigIntegerField(default=0)
     finished = models.DateTimeField(null=True)
+    # Runs whose processor was lost, or whose file did not read back: they are tried again, but not for ever.
+    runs_lost = models.PositiveSmallIntegerField(default=0, db_default=0)
+    # The wish's Idempotency-Key; absent is not empty, hence null.
+    request_key = models.CharField(max_length=100, null=True)  # noqa: DJ001
 
     class Meta:
         """Newest first."""
 
+        constraints = (models.UniqueConstraint(fields=["owner_id", "request_key"], name="exports_export_once"),)
         indexes = (models.Index(fields=["owner_id", "-created"], name="exports_by_owner"),)
 
     def __str__(self) -> str:

@@ -12,10 +12,9 @@ from django.views.decorators.http import require_http_methods, require_safe
 
 from drydock.accounts.models import User
 from drydock.exports import service
-from drydock.exports.models import Export
-from drydock.exports.worker import CONTENT_TYPES
+from drydock.exports.models import CONTENT_TYPES, Export
 from drydock.ratelimit import limited
-from drydock.web import api, describe_job, json_body, problem, stream_object, text_field, user_of
+from drydock.web import api, describe_job, json_body, problem, request_key, stream_object, text_field, user_of
 
 LISTED = 100
 
@@ -37,7 +36,8 @@ def api_exports(request: HttpRequest) -> HttpResponseBase:
         listed = [{"id": str(e.pk), "format": e.format, "state": e.state} for e in exports_of(user)[:LISTED]]
         return JsonResponse({"exports": listed})
     try:
-        export = service.request_export(user.pk, text_field({"format": "zip"} | json_body(request), "format"))
+        wish = {"format": "zip"} | json_body(request)
+        export = service.request_export(user.pk, text_field(wish, "format"), request_key(request))
     except ValueError as error:
         return problem(400, "INVALID_INPUT", str(error))
     body = {"id": str(export.pk), "format": export.format, "job": str(export.job_id)}

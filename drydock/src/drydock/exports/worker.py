@@ -1,75 +1,124 @@
-"""The worker's side of an export: claim, gather, build, store, record."""
+"""The worker's side of an export: have a script processor make the file, verify what it stored, record it."""
 
-import csv
 import hashlib
-import io
 import logging
-import re
-import tempfile
-import zipfile
-from typing import IO
+import random
+import time
+from contextlib import suppress
+from typing import Any
 
-from drydock import storage
-from drydock.documents.models import Document, Revision
+from botocore.exceptions import BotoCoreError, ClientError
+from django.db.models import F
+
+from drydock import config, storage
 from drydock.exports import service
 from drydock.exports.models import Export
+from drydock.exports.scripts import EXPORT
+from drydock.jobs import engine, kinds
 from drydock.jobs.models import Job
+from drydock.processor.client import Client, ProcessorError, State
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("id", "title", "revision", "state", "created", "updated", "pdf_sha256", "pdf_bytes")
-CONTENT_TYPES = {"zip": "application/zip", "csv": "text/csv; charset=utf-8"}
+DISABLED = "script processors are disabled (omero.scripts.processors=0): exports cannot be made here"
+# The processor answers a poll at once when the run is over.
+POLL_SECONDS = 1.0
+RENEWAL_SECONDS = 3.0
+# A processor that is silent for so long is lost, and the run with it.
+SILENCE_SECONDS = 5.0
+MAX_RUNS_LOST = 5
 
 
 def build_export(job: Job) -> None:
-    """Build the file that the job is about, store it with its hash and record it."""
+    """Have the file made that the job is about, and publish it once it has been read back."""
     export = Export.objects.get(pk=job.payload["export"])
-    with tempfile.TemporaryFile() as file:
-        documents = write_export(export, file)
-        size = file.tell()
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
-        key = f"exports/{export.pk}/a{job.attempt}.{export.format}"
-        storage.put(key, file, content_type=CONTENT_TYPES[export.format], sha256=sha256)
-    service.complete(job, key=key, sha256=sha256, size=size, documents=documents)
-    logger.info("exported %d documents, %d bytes", documents, size)
+    client, run_id = start(export, job)
+    try:
+        run = follow(client, run_id, job, export)
+    finally:
+        # Lost the lease, out of time, or over: either way nobody needs the run any more.
+        with suppress(ProcessorError):
+            client.stop(run_id)
+    result = result_of(run, export)
+    verify(result, export)
+    service.complete(job, **result)
+    logger.info("exported %d documents, %d bytes", result["documents"], result["size"])
 
 
-def write_export(export: Export, file: IO[bytes]) -> int:
-    """Write the export's file; return how many documents are in it."""
-    rows = []
-    archive = zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) if export.format == Export.Format.ZIP else None
-    for number, document in enumerate(Document.objects.filter(owner_id=export.owner_id).order_by("created"), start=1):
-        revision = Revision.objects.get(document=document, number=document.latest)
-        rows.append(_row(document, revision))
-        if archive:
-            name = f"{number:04d}-{_file_name(document.title)}"
-            archive.writestr(f"{name}.tex", revision.source)
-            if revision.pdf_key:
-                with archive.open(f"{name}.pdf", "w") as member:
-                    for chunk in storage.get(revision.pdf_key).iter_chunks():
-                        member.write(chunk)
-    table = io.StringIO()
-    writer = csv.writer(table)
-    writer.writerow(COLUMNS)
-    writer.writerows(rows)
-    if archive:
-        archive.writestr("documents.csv", table.getvalue())
-        archive.close()
-    else:
-        file.write(table.getvalue().encode())
-    return len(rows)
+def start(export: Export, job: Job) -> tuple[Client, str]:
+    """Start the run at a processor that has a free slot; `engine.Again` if there is none."""
+    settings = config.load()
+    if settings.script_processors == 0:
+        raise engine.Failure(DISABLED)
+    parameters = {
+        "owner": export.owner_id,
+        "format": export.format,
+        "key": f"exports/{export.pk}/a{job.attempt}.{export.format}",
+    }
+    why = []
+    for url in random.sample(settings.processor_urls, len(settings.processor_urls)):
+        client = Client(url, settings.internal_token, settings.platform_ca_file)
+        try:
+            return client, client.start(EXPORT, parameters, job=str(job.uuid), attempt=job.attempt)
+        except ProcessorError as error:
+            if error.code == "PROCESSORS_DISABLED":
+                raise engine.Failure(DISABLED) from error
+            why.append(str(error))
+    raise engine.Again(f"no script processor is free: {'; '.join(why)}")
 
 
-def _file_name(title: str) -> str:
-    return re.sub(r"[^\w-]+", "-", title).strip("-")[:80] or "document"
+def follow(client: Client, run_id: str, job: Job, export: Export) -> dict[str, Any]:
+    """Wait for the run's end and tell its progress; keep the lease, and raise `Fenced` once it is lost."""
+    kind = kinds.get(service.EXPORT)
+    heard = renewed = time.monotonic()
+    told = 0
+    while True:
+        try:
+            run = client.run(run_id, wait_seconds=POLL_SECONDS)
+        except ProcessorError as error:
+            if error.code == "UNKNOWN_RUN" or time.monotonic() - heard > SILENCE_SECONDS:
+                raise lost(export, f"the script processor was lost: {error}") from error
+            time.sleep(POLL_SECONDS / 4)
+            continue
+        heard = time.monotonic()
+        if run["state"] != State.RUNNING:
+            return run
+        if run["progress"] != told or heard - renewed > RENEWAL_SECONDS:
+            told, renewed = run["progress"], heard
+            if not engine.renew(kind, job, progress=told):
+                raise engine.Fenced(f"attempt {job.attempt} does not hold job {job.uuid}")
 
 
-def _row(document: Document, revision: Revision) -> tuple[object, ...]:
-    # A spreadsheet must not take a title for a formula.
-    title = f"'{document.title}" if document.title[0] in "=+-@\t\r" else document.title
-    return (
-        document.pk, title, revision.number, revision.state, document.created.isoformat(),
-        document.updated.isoformat(), revision.pdf_sha256, revision.pdf_size,
-    )  # fmt: skip
+def result_of(run: dict[str, Any], export: Export) -> dict[str, Any]:
+    """Return what a run gave, or raise what its end means for the job."""
+    state, reason = run["state"], run["reason"]
+    if state == State.DONE:
+        return dict(run["result"])
+    if state == State.TIMED_OUT:
+        raise engine.Failure(kinds.get(service.EXPORT).time_limit_reason)
+    if state == State.KILLED:
+        raise lost(export, f"the run was lost: {reason}")
+    if state == State.STOPPED or run["again"]:
+        raise engine.Again(reason)
+    raise engine.Failure(reason)
+
+
+def verify(result: dict[str, Any], export: Export) -> None:
+    """Read the stored file back: what is published is what was made."""
+    digest = hashlib.sha256()
+    try:
+        for chunk in storage.get(result["key"]).iter_chunks(1024 * 1024):
+            digest.update(chunk)
+    except (BotoCoreError, ClientError) as error:
+        raise engine.Again(f"the object storage did not give the file back: {error}") from error
+    if digest.hexdigest() != result["sha256"]:
+        raise lost(export, f"the stored file is not the one that was made: its SHA-256 is {digest.hexdigest()}")
+
+
+def lost(export: Export, reason: str) -> engine.Again | engine.Failure:
+    """Count a run that came to nothing: it is tried again, but not for ever."""
+    Export.objects.filter(pk=export.pk).update(runs_lost=F("runs_lost") + 1)
+    export.refresh_from_db(fields=["runs_lost"])
+    if export.runs_lost >= MAX_RUNS_LOST:
+        return engine.Failure(f"gave up after {export.runs_lost} runs that came to nothing; the last: {reason}")
+    return engine.Again(reason)
