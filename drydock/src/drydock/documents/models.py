@@ -20,10 +20,13 @@ class Document(models.Model):
     applied = models.PositiveIntegerField(default=0)
     created = models.DateTimeField(default=timezone.now)
     updated = models.DateTimeField(default=timezone.now)
+    # The Idempotency-Key of the request that made it; null, because only keys that were sent are unique.
+    request_key = models.CharField(max_length=100, null=True)  # noqa: DJ001
 
     class Meta:
-        """Newest first."""
+        """Newest first; a request that is sent again makes no second document."""
 
+        constraints = (models.UniqueConstraint(fields=["owner", "request_key"], name="documents_document_once"),)
         indexes = (models.Index(fields=["owner", "-updated"], name="documents_by_owner"),)
 
     def __str__(self) -> str:
@@ -44,6 +47,8 @@ class Revision(models.Model):
     document = models.ForeignKey(Document, on_delete=models.CASCADE, related_name="revisions")
     number = models.PositiveIntegerField()
     source = models.TextField()
+    # Who asked for it (staff may, too) and the Idempotency-Key of their request.
+    request_key = models.CharField(max_length=150, null=True)  # noqa: DJ001
     created = models.DateTimeField(default=timezone.now)
     # Finished jobs are pruned; what they gave stays here.
     job_id = models.UUIDField(null=True, unique=True)
@@ -56,9 +61,12 @@ class Revision(models.Model):
     compiled = models.DateTimeField(null=True)
 
     class Meta:
-        """A document's revisions are numbered."""
+        """A document's revisions are numbered; a request that is sent again makes no second one."""
 
-        constraints = (models.UniqueConstraint(fields=["document", "number"], name="documents_revision_numbered"),)
+        constraints = (
+            models.UniqueConstraint(fields=["document", "number"], name="documents_revision_numbered"),
+            models.UniqueConstraint(fields=["document", "request_key"], name="documents_revision_once"),
+        )
 
     def __str__(self) -> str:
         """Show what it is a revision of."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from django.db import transaction
+from django.db import IntegrityError, transaction
 from django.db.models.functions import Now
 
 from drydock.accounts.models import User
@@ -60,26 +60,38 @@ class Result:
         return result
 
 
-def create_document(owner: User, title: str, source: str) -> Revision:
-    """Create a document with its first revision and ask for its compile."""
+def create_document(owner: User, title: str, source: str, request_key: str | None = None) -> Revision:
+    """Create a document with its first revision and ask for its compile; the same key again is the same document."""
     title = title.strip()
     if not 1 <= len(title) <= 200:
         raise InvalidInputError("The title must have 1 to 200 characters.")
-    with transaction.atomic(using="core"):
-        document = Document.objects.create(owner=owner, title=title)
-        return add_revision(document, source)
+    try:
+        with transaction.atomic(using="core"):
+            document = Document.objects.create(owner=owner, title=title, request_key=request_key)
+            return add_revision(document, source)
+    except IntegrityError:
+        # The database knows best whether this request came before, also when both came at once.
+        first = Revision.objects.filter(number=1, document__owner=owner, document__request_key=request_key).first()
+        if request_key is None or first is None:
+            raise
+        return first
 
 
-def add_revision(document: Document, source: str) -> Revision:
-    """Add the next revision and ask for its compile, both or neither."""
+def add_revision(document: Document, source: str, author: User | None = None, key: str | None = None) -> Revision:
+    """Add the next revision and ask for its compile, both or neither; an author's same key is the same revision."""
     if not source.strip():
         raise InvalidInputError("The source is empty.")
     if "\x00" in source or len(source.encode()) > MAX_SOURCE_BYTES:
         raise InvalidInputError("The source must be text of at most 1 MiB.")
+    request_key = f"{author.pk}:{key}" if author and key else None
     with transaction.atomic(using="core"):
         document = Document.objects.select_for_update().get(pk=document.pk)
+        if request_key and (earlier := document.revisions.filter(request_key=request_key).first()):
+            return earlier
         document.latest += 1
-        revision = Revision.objects.create(document=document, number=document.latest, source=source)
+        revision = Revision.objects.create(
+            document=document, number=document.latest, source=source, request_key=request_key
+        )
         job = engine.accept(COMPILE, {"revision": revision.pk}, idempotency_key=f"revision:{revision.pk}")
         revision.job_id = job.uuid
         revision.save(update_fields=["job_id"])

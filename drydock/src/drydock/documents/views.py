@@ -16,7 +16,7 @@ from drydock.documents import service
 from drydock.documents.models import Document, Revision
 from drydock.operations.auth import internal
 from drydock.ratelimit import limited
-from drydock.web import api, describe_job, json_body, problem, stream_object, text_field, user_of
+from drydock.web import api, describe_job, json_body, problem, request_key, stream_object, text_field, user_of
 
 LOG_TAIL_CHARACTERS = 4000
 LISTED = 100
@@ -57,7 +57,8 @@ def api_documents(request: HttpRequest) -> HttpResponseBase:
         )
     try:
         body = json_body(request)
-        revision = service.create_document(user_of(request), text_field(body, "title"), text_field(body, "source"))
+        title, source = text_field(body, "title"), text_field(body, "source")
+        revision = service.create_document(user_of(request), title, source, request_key(request))
     except ValueError as error:
         return problem(400, "INVALID_INPUT", str(error))
     return _accepted(revision)
@@ -71,7 +72,8 @@ def api_revisions(request: HttpRequest, document_id: UUID) -> HttpResponseBase:
     if document is None:
         return _not_found()
     try:
-        revision = service.add_revision(document, text_field(json_body(request), "source"))
+        source = text_field(json_body(request), "source")
+        revision = service.add_revision(document, source, user_of(request), request_key(request))
     except ValueError as error:
         return problem(400, "INVALID_INPUT", str(error))
     return _accepted(revision)
@@ -187,7 +189,7 @@ def document(request: HttpRequest, document_id: UUID) -> HttpResponse:
     source, error = request.POST.get("source", revision.source), ""
     if request.method == "POST":
         try:
-            service.add_revision(shown, source)
+            service.add_revision(shown, source, user_of(request))
         except service.InvalidInputError as invalid:
             error = str(invalid)
         else:

@@ -32,7 +32,11 @@ def compile_latex(job: Job) -> None:
     """Compile the revision that the job is about and hand the result to the web tier, which ends the job."""
     revision = Revision.objects.get(pk=job.payload["revision"])
     started = time.monotonic()
-    outcome = latex.compile_source(revision.source)
+    try:
+        outcome = latex.compile_source(revision.source)
+    except (latex.UnavailableError, OSError) as error:
+        # It is this host that cannot compile, not the source: perhaps another one can, or this one soon.
+        raise engine.Again(f"this worker cannot compile now: {error}") from error
     report: dict[str, Any] = {"job": str(job.uuid), "attempt": job.attempt, "log": outcome.log}
     if outcome.pdf is None:
         report |= {"succeeded": False, "reason": outcome.reason}
