@@ -85,6 +85,7 @@ class Field:
 
 
 VARIABLE = Table(Scalar(), r"[A-Za-z_][A-Za-z0-9_]*", "letters, digits and underscores")
+CREDENTIALS = "{credentials}"  # in a command or an environment value: the directory that holds the process's credentials
 ABSOLUTE = Text(r"/(?!.*(?:^|/)\.\.(?:/|$))[^\s\"'\\%$]*", "an absolute path without spaces, quotes, '$', '%' or '..'")
 URL_PATH = Text(r"/[^\s]*", "a path that begins with '/'")
 WORDS = Items(Text())
@@ -92,6 +93,8 @@ COMMAND = Items(Scalar(), least=1)
 STATUS = Number(100, 599)
 PORT = Number(1, 65535)
 SECONDS = Number(1, 7 * 86400)
+
+CREDENTIAL = Table(ABSOLUTE, r"[A-Za-z0-9_][A-Za-z0-9._-]*", "letters, digits, dots, dashes and underscores, as in tls.key")
 
 HEALTH = Record(
     {
@@ -104,6 +107,8 @@ HEALTH = Record(
                     "contains": Field(Text()),
                     "bearer": Field(Text()),
                     "host": Field(Text(r"[^\s]+", "a host name")),
+                    "tls": Field(Flag()),
+                    "ca": Field(ABSOLUTE),
                 }
             )
         ),
@@ -113,11 +118,13 @@ HEALTH = Record(
 
 PROCESS = Record(
     {
-        "kind": Field(Text(choices=("web", "worker", "service", "timer")), required=True),
+        "kind": Field(Text(choices=("web", "worker", "service", "timer", "task")), required=True),
         "hosts": Field(Text(), required=True),
         "command": Field(COMMAND, required=True),
         "after": Field(WORDS, default=list),
         "packages": Field(WORDS, default=list),
+        "environment": Field(VARIABLE, default=dict),
+        "credentials": Field(CREDENTIAL, default=dict),
         "notify": Field(Flag(), default=lambda: False),
         "start_period_seconds": Field(Number(0, 3600)),
         "health": Field(HEALTH),
@@ -146,6 +153,7 @@ STEP = Record(
         ),
         "writable": Field(Items(ABSOLUTE), default=list),
         "command": Field(COMMAND),
+        "start": Field(WORDS, default=list),
     }
 )
 
@@ -181,11 +189,13 @@ ONLY_FOR = {
     "port": ("web", "service"),
     "path": ("web",),
     "queue": ("worker",),
-    "task_time_limit_seconds": ("worker", "timer"),
+    "task_time_limit_seconds": ("worker", "timer", "task"),
     "on_calendar": ("timer",),
 }
 REQUIRED_FOR = {"web": ("port", "health"), "worker": ("task_time_limit_seconds",), "timer": ("on_calendar",)}
+OCCASIONAL = ("timer", "task")  # they run and end: their last run is their health, and nobody can wait for them
 START_PERIOD_SECONDS = {"web": 30}  # H1; every other kind 10
+HOST_CA = "/etc/evenkeel/pki/ca.crt"  # whom the role pki's certificates are verified against
 WORKER_GRACE_SECONDS = 30  # P3: a worker may finish its longest task, and needs a little to say goodbye
 
 
@@ -340,12 +350,18 @@ def _health(process: dict[str, Any], secrets: Mapping[str, str], path: str) -> d
     if len(given) != 1:
         raise ContractError(f"{path}: must have exactly one of http and command")
     if "command" in given:
+        if any(CREDENTIALS in word for word in given["command"]):
+            raise ContractError(f"{path}.command: {CREDENTIALS} is for the process alone; its health check runs apart and has none")
         return {"kind": "command", "command": given["command"]}
     http = dict(given["http"])
     if "port" not in http:
         if "port" not in process:
             raise ContractError(f"{path}.http.port: is missing; the process has no port of its own")
         http["port"] = process["port"]
+    if http.pop("tls", False):
+        http.setdefault("ca", HOST_CA)
+    elif "ca" in http:
+        raise ContractError(f"{path}.http.ca: says whom to trust over TLS, but tls is not true")
     _known_secret(http.get("bearer"), secrets, f"{path}.http.bearer")
     return {"kind": "http", **http}
 
@@ -363,8 +379,9 @@ def _process(name: str, process: dict[str, Any], app: Mapping[str, Any], groups:
     for needed in REQUIRED_FOR.get(kind, ()):
         if needed not in process:
             raise ContractError(f"{path}.{needed}: is missing; a process of kind {kind} needs it")
-    if kind == "timer" and ("health" in process or process["notify"]):
-        raise ContractError(f"{path}: a timer has neither health nor notify; its last run is its health")
+    if kind in OCCASIONAL and ("health" in process or process["notify"]):
+        raise ContractError(f"{path}: a {kind} has neither health nor notify; its last run is its health")
+    _check_environment(process, app, path)
     unit = f"{app['name']}-{name}"
     result: dict[str, Any] = {
         **process,
@@ -373,7 +390,7 @@ def _process(name: str, process: dict[str, Any], app: Mapping[str, Any], groups:
         "socket": f"{unit}.socket" if kind == "web" else None,
         "timer": f"{unit}.timer" if kind == "timer" else None,
         "members": _members(process["hosts"], groups, f"{path}.hosts"),
-        "health": {"kind": "timer"} if kind == "timer" else _health(process, app["secrets"], f"{path}.health"),
+        "health": {"kind": kind} if kind in OCCASIONAL else _health(process, app["secrets"], f"{path}.health"),
     }
     for optional in ("port", "queue", "on_calendar", "task_time_limit_seconds"):
         result.setdefault(optional, None)
@@ -382,6 +399,19 @@ def _process(name: str, process: dict[str, Any], app: Mapping[str, Any], groups:
     limit = result["task_time_limit_seconds"]
     result["stop_seconds"] = limit + WORKER_GRACE_SECONDS if kind == "worker" else None
     return result
+
+
+def _check_environment(process: Mapping[str, Any], app: Mapping[str, Any], path: str) -> None:
+    """A variable has one source, and only a process with credentials can name their directory."""
+    for variable in process["environment"]:
+        if variable in app["secrets"]:
+            raise ContractError(f"{path}.environment.{variable}: is in app.secrets too; keep it in one of them")
+    if not process["credentials"]:
+        words = [("command", word) for word in process["command"]]
+        words += [(f"environment.{name}", value) for name, value in process["environment"].items()]
+        for place, word in words:
+            if CREDENTIALS in word:
+                raise ContractError(f"{path}.{place}: {CREDENTIALS} is the directory of its credentials, but {path}.credentials is empty")
 
 
 def _check_ports(processes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -427,11 +457,16 @@ def _check_services(processes: Mapping[str, Mapping[str, Any]], app: str, servic
     if services is None:
         return
     known = {str(name) for name in services}
-    known |= {f"{app}-{name}" for name, process in processes.items() if process["kind"] != "timer"}
+    known |= {f"{app}-{name}" for name, process in processes.items() if process["kind"] not in OCCASIONAL}
     for name, process in processes.items():
         for service in process["after"]:
             if service == f"{app}-{name}":
                 raise ContractError(f"app.processes.{name}.after: the process would wait for itself")
+            other = processes.get(service.removeprefix(f"{app}-"))
+            if other and service not in known:
+                raise ContractError(
+                    f"app.processes.{name}.after: {service} is a {other['kind']}, which runs and ends; nobody can wait until it is healthy"
+                )
             if service not in known:
                 raise ContractError(
                     f'app.processes.{name}.after: no service "{service}" has a health check, {did_you_mean(service, known)}'
@@ -443,9 +478,9 @@ def _bootstrap(app: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     for name in app["bootstrap"]:
         if name not in app["processes"]:
             raise ContractError(f"app.bootstrap.{name}: no such process, {did_you_mean(name, app['processes'])}")
-    provided = {**app["environment"], **app["secrets"]}
     result: dict[str, list[dict[str, Any]]] = {}
-    for process in app["processes"]:
+    for process, described in app["processes"].items():
+        provided = {**app["environment"], **app["secrets"], **described["environment"]}
         steps = sorted(app["bootstrap"].get(process, []), key=lambda step: cast(str, step["name"]))
         for before, after in itertools.pairwise(steps):
             if before["name"] == after["name"]:
@@ -454,8 +489,52 @@ def _bootstrap(app: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
             for variable, purpose in step["environment"].items():
                 if variable not in provided:
                     raise ContractError(f"app.bootstrap.{process}.{step['name']}: {variable} is not set: {purpose}")
+            if not described["credentials"] and any(CREDENTIALS in word for word in step.get("command", [])):
+                raise ContractError(
+                    f"app.bootstrap.{process}.{step['name']}.command: {CREDENTIALS} is the directory of the process's "
+                    f"credentials, but app.processes.{process}.credentials is empty"
+                )
         result[process] = steps
+    _check_starts(result, app["processes"])
     return result
+
+
+def _check_starts(bootstrap: Mapping[str, Sequence[Mapping[str, Any]]], processes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Every name in `start:` is a task on the same hosts, and no task starts itself, not even by way of others."""
+    starts: dict[str, list[str]] = {}
+    for process, steps in bootstrap.items():
+        for step in steps:
+            path = f"app.bootstrap.{process}.{step['name']}.start"
+            for task in step["start"]:
+                if task not in processes:
+                    raise ContractError(f'{path}: no process "{task}", {did_you_mean(task, processes)}')
+                if processes[task]["kind"] != "task":
+                    raise ContractError(f"{path}: {task} is a {processes[task]['kind']}; only a process of kind task is started by a step")
+                if processes[task]["hosts"] != processes[process]["hosts"]:
+                    raise ContractError(
+                        f"{path}: {task} runs on {processes[task]['hosts']}, but {process} on {processes[process]['hosts']}; "
+                        "a step starts a task on its own host, so give both the same hosts"
+                    )
+                starts.setdefault(process, []).append(task)
+    for first in starts:
+        circle = _circle(first, starts)
+        if circle:
+            raise ContractError(f"app.bootstrap.{first}: {' starts '.join(circle)}, without end; take one start out")
+
+
+def _circle(first: str, starts: Mapping[str, Sequence[str]]) -> list[str]:
+    """The way from a process back to itself; empty when there is none."""
+    ways = [[first]]
+    seen: set[str] = set()
+    while ways:
+        way = ways.pop()
+        for task in starts.get(way[-1], ()):
+            if task == first:
+                return [*way, task]
+            if task not in seen:
+                seen.add(task)
+                ways.append([*way, task])
+    return []
 
 
 def app_contract(app: Any, groups: Mapping[str, Sequence[str]], services: Iterable[str] | None = None) -> dict[str, Any]:

@@ -7,14 +7,22 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+CREDENTIALS = "{credentials}"  # as in the filter app_contract: the directory that holds the process's credentials
+OCCASIONAL = ("timer", "task")  # as there: they run and end
+
 
 def systemd_argv(argv: Sequence[str]) -> str:
     """A command line for ``ExecStart=`` that systemd splits into exactly these arguments."""
-    return " ".join(_systemd_word(str(word)) for word in argv)
+    return " ".join(_systemd_word(str(word).replace("$", "$$")) for word in argv)
+
+
+def systemd_environment(values: Mapping[str, Any]) -> list[str]:
+    """Assignments for ``Environment=`` lines that give exactly these values, sorted by name."""
+    return [_systemd_word(f"{name}={values[name]}") for name in sorted(values)]
 
 
 def _systemd_word(word: str) -> str:
-    escaped = word.replace("%", "%%").replace("$", "$$")
+    escaped = word.replace("%", "%%").replace(CREDENTIALS, "%d")
     if escaped and re.fullmatch(r"[A-Za-z0-9_@%$+=:,./-]+", escaped):
         return escaped
     escaped = escaped.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
@@ -52,6 +60,38 @@ def host_packages(contract: Mapping[str, Any], group_names: Sequence[str]) -> li
     return sorted(names)
 
 
+def process_environment(contract: Mapping[str, Any], process: str) -> dict[str, dict[str, str]]:
+    """What a process has in its environment, parted into what a file can say and what only its unit can.
+
+    systemd fills in the directory of the credentials in units alone, and a file wins over the unit. So a process that
+    has variables of its own reads a file of its own, in which those of the unit are left out.
+    """
+    own = contract["processes"][process]["environment"]
+    unit = {name: value for name, value in own.items() if CREDENTIALS in value}
+    merged = {**contract["environment"], **own}
+    return {"file": {name: value for name, value in merged.items() if name not in unit}, "unit": unit}
+
+
+def _environment_path(contract: Mapping[str, Any], process: Mapping[str, Any]) -> str:
+    """The file of variables that a process reads: the app's, unless it has some of its own."""
+    path: str = contract["paths"]["environment"]
+    return f"{path}-{process['name']}" if process["environment"] else path
+
+
+def process_files(contract: Mapping[str, Any], group_names: Sequence[str]) -> list[dict[str, Any]]:
+    """The entries of a `files` task for the environments of this host's processes that have their own."""
+    return [
+        {
+            "dest": _environment_path(contract, process),
+            "content": environment_file(process_environment(contract, process["name"])["file"]),
+            "group": contract["group"],
+            "mode": "0640",
+        }
+        for process in host_processes(contract, group_names)
+        if process["environment"]
+    ]
+
+
 def _own_directories(contract: Mapping[str, Any]) -> list[dict[str, str]]:
     """The app's three directories, less those that a step declares itself (with another mode, perhaps)."""
     declared = {directory["path"] for steps in contract["bootstrap"].values() for step in steps for directory in step["directories"]}
@@ -69,6 +109,7 @@ def bootstrap_steps(contract: Mapping[str, Any], process: str) -> list[dict[str,
             "directories": step.get("directories", []),
             "writable": step.get("writable", []),
             "command": step.get("command", []),
+            "start": [contract["processes"][task]["unit"] for task in step.get("start", [])],
         }
         for step in steps
     ]
@@ -81,6 +122,8 @@ def bootstrap_table(contract: Mapping[str, Any], process: str) -> dict[str, Any]
         "process": process,
         "user": contract["user"],
         "group": contract["group"],
+        # <app>-run, which lists what is missing, has the variables of the app, not those of one process
+        "own_environment": sorted(contract["processes"][process]["environment"]),
         "steps": bootstrap_steps(contract, process),
     }
 
@@ -107,6 +150,8 @@ def _writable_paths(contract: Mapping[str, Any], process: str) -> list[str]:
 def process_units(contract: Mapping[str, Any], group_names: Sequence[str]) -> list[dict[str, Any]]:
     """The entries of a `units` task for this host: sockets before services, services before timers.
 
+    A process is restarted when it has not seen the present release, variables, steps or credentials.
+
     Nothing runs before the first deploy (`requires_path`), but all of it is enabled, so that a host that was deployed
     to while it was off starts everything at its next boot.
     """
@@ -120,11 +165,17 @@ def process_units(contract: Mapping[str, Any], group_names: Sequence[str]) -> li
                 "argv": release_command(process["command"], paths["current"]),
                 "steps": bootstrap_steps(contract, name),
                 "writable": _writable_paths(contract, name),
+                "environment": process_environment(contract, name)["unit"],
+                "environment_file": _environment_path(contract, process),
             }
         }
         service: dict[str, Any] = {"name": process["unit"], "template": "process.service.j2", "vars": template_vars}
         running = {"enabled": True, "state": "started", "requires_path": paths["current"]}
-        triggers = [paths["current"], paths["environment"], paths["secrets"], f"{paths['bootstrap']}/{name}.json"]
+        triggers = [paths["current"], _environment_path(contract, process), paths["secrets"], f"{paths['bootstrap']}/{name}.json"]
+        triggers += sorted(set(process["credentials"].values()))
+        if process["kind"] == "task":  # a bootstrap step or a person starts it, so it runs neither at boot nor now
+            units.append(service)
+            continue
         if process["kind"] == "timer":
             timer = {"name": process["timer"], "template": "process.timer.j2", "vars": template_vars}
             units += [service, {**timer, **running}]
@@ -147,13 +198,13 @@ def contract_health_services(contract: Mapping[str, Any], host: str, addresses: 
     for process in contract["processes"].values():
         if host in process["members"]:
             wanted += process["after"]
-            if process["kind"] != "timer":
+            if process["kind"] not in OCCASIONAL:
                 entry = _health_entry(contract, process, addresses[host])
                 own[entry["name"]] = entry
     remote = [
         {**_health_entry(contract, process, addresses[process["members"][0]]), "remote": True}
         for process in contract["processes"].values()
-        if process["kind"] != "timer" and f"{contract['name']}-{process['name']}" in wanted and host not in process["members"]
+        if process["kind"] not in OCCASIONAL and f"{contract['name']}-{process['name']}" in wanted and host not in process["members"]
     ]
     return [*own.values(), *remote]
 
@@ -172,9 +223,10 @@ def _health_entry(contract: Mapping[str, Any], process: Mapping[str, Any], addre
     if health["kind"] == "http":
         # As the proxy would ask, so that an application that insists on TLS answers instead of redirecting.
         headers = {"X-Forwarded-Proto": "https"} | ({"Host": health["host"]} if "host" in health else {})
-        entry |= {"url": f"http://{address}:{health['port']}{health['path']}", "status": health["status"]}
+        scheme = "https" if "ca" in health else "http"
+        entry |= {"url": f"{scheme}://{address}:{health['port']}{health['path']}", "status": health["status"]}
         entry |= {"headers": headers}
-        entry |= {key: health[key] for key in ("contains", "bearer") if key in health}
+        entry |= {key: health[key] for key in ("contains", "bearer", "ca") if key in health}
     if health["kind"] == "command":
         entry |= {
             "command": release_command(health["command"], paths["current"]),
@@ -182,6 +234,8 @@ def _health_entry(contract: Mapping[str, Any], process: Mapping[str, Any], addre
             "environment_files": [paths["environment"], paths["secrets"]],
             "directory": paths["current"],
         }
+        own = {name: value for name, value in process["environment"].items() if CREDENTIALS not in value}
+        entry |= {"environment": own} if own else {}
     return entry
 
 
@@ -210,7 +264,9 @@ class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         functions: tuple[Callable[..., Any], ...] = (
             systemd_argv,
+            systemd_environment,
             environment_file,
+            process_files,
             host_processes,
             host_packages,
             bootstrap_steps,

@@ -54,9 +54,16 @@ def main() -> None:
     host = inventory.get_host("demo1")
     hostvars = HostVars(inventory=inventory, variable_manager=manager, loader=loader)
     base = {**manager.get_vars(host=host), "hostvars": hostvars, **GIVEN}
-    # the demo has no timer; the suite does
+    # what the suite has and the demo need not have: a timer, and a task that a service starts
     timer = {"kind": "timer", "hosts": "worker", "command": ["true"], "on_calendar": "daily"}
-    base["app"] = {**base["app"], "processes": {**base["app"]["processes"], "nightly": timer}}
+    register = {"kind": "task", "hosts": "worker", "command": ["register"], "task_time_limit_seconds": 77, "after": ["probe"]}
+    speaks_tls = {"kind": "service", "hosts": "worker", "command": ["serve", "--key", "{credentials}/tls.key"]}
+    speaks_tls |= {"credentials": {"tls.key": "/etc/probe.key"}, "environment": {"TLS_DIR": "{credentials}/x y", "LEVEL": "100%"}}
+    base["app"] = {
+        **base["app"],
+        "processes": {**base["app"]["processes"], "nightly": timer, "register": register, "speaks-tls": speaks_tls},
+        "bootstrap": {**base["app"]["bootstrap"], "speaks-tls": [{"name": "10-server", "command": ["setup"], "start": ["register"]}]},
+    }
     if "--text" in sys.argv:
         Templar(loader=loader, variables=base).template(trust_as_template(sys.argv[-1]))
         return
@@ -80,6 +87,8 @@ def main() -> None:
                         own = own.copy_with_new_env(searchpath=[str(path.parent)])
                         text = own.template(trust_as_template(path.read_text()), overrides={"trim_blocks": True})
                         texts.setdefault(role.name, {})[path.name] = str(text)
+                        if "units" in task and "name" in entry:
+                            texts[role.name][entry["name"]] = str(text)
     print(json.dumps(texts))
 
 

@@ -30,12 +30,23 @@ APP: dict[str, Any] = {
         },
         "slow": {"kind": "worker", "hosts": "worker", "command": ["work"], "task_time_limit_seconds": 150},
         "sweep": {"kind": "timer", "hosts": "worker", "command": ["sweep"], "on_calendar": "hourly"},
+        "register": {"kind": "task", "hosts": "worker", "command": ["register"], "after": ["redis"]},
+        "script": {
+            "kind": "service",
+            "hosts": "worker",
+            "command": ["serve", "--key", "{credentials}/tls.key"],
+            "port": 4064,
+            "environment": {"SCRIPT_CERT": "{credentials}/tls.crt", "PIER_PORT": "9"},
+            "credentials": {"tls.key": "/etc/k.key", "tls.crt": "/etc/k.crt"},
+            "health": {"http": {"path": "/", "tls": True}},
+        },
     },
     "bootstrap": {
+        "script": [{"name": "10-server", "environment": {"SCRIPT_CERT": "its certificate"}, "command": ["setup"], "start": ["register"]}],
         "web": [
             {"name": "20-later", "writable": ["/var/log/pier"]},
             {"name": "10-web", "environment": {"PIER_KEY": "signs; set app.secrets.PIER_KEY"}},
-        ]
+        ],
     },
     "checks": [{"name": "ping", "path": "/ping", "bearer": "PIER_TOKEN", "contains": "pong"}],
 }
@@ -85,7 +96,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("name", "Pier!", "app.name: must be small letters"),
     ("name", "postgres", 'app.name: "postgres" belongs to the system'),
     ("processes", {}, "app.processes: is empty"),
-    ("processes/web/kind", "wep", 'app.processes.web.kind: "wep" is not one of web, worker, service, timer'),
+    ("processes/web/kind", "wep", 'app.processes.web.kind: "wep" is not one of web, worker, service, timer, task'),
     ("processes/web/command", "gunicorn x", "app.processes.web.command: must be a list, but is a text; write [gunicorn, x]"),
     ("processes/web/command", [], "app.processes.web.command: is empty"),
     ("processes/web/port", "eight", "app.processes.web.port: must be a whole number, but is a text"),
@@ -117,6 +128,24 @@ WRONG: list[tuple[str, Any, str]] = [
     ("bootstrap/web/0/writable", ["/var/../etc"], "app.bootstrap.web.20-later.writable[0]: must be an absolute path"),
     ("bootstrap/web/0/directories", [{"path": "/x", "mode": 750}], "directories[0].mode: must be four octal digits"),
     ("checks/0/bearer", "NO", 'app.checks.ping.bearer: app.secrets has no "NO"'),
+    ("processes/web/health/http/tls", "yes", "app.processes.web.health.http.tls: must be true or false, but is a text"),
+    ("processes/web/health/http/ca", "/ca.crt", "app.processes.web.health.http.ca: says whom to trust over TLS, but tls is not true"),
+    ("processes/register/health", {"command": ["x"]}, "app.processes.register: a task has neither health nor notify"),
+    ("processes/register/on_calendar", "daily", "app.processes.register.on_calendar: only a process of kind timer has it, not a task"),
+    ("processes/web/after", ["pier-register"], "app.processes.web.after: pier-register is a task, which runs and ends"),
+    ("bootstrap/script/0/start", ["registre"], 'app.bootstrap.script.10-server.start: no process "registre", did you mean register?'),
+    ("bootstrap/script/0/start", "register", "app.bootstrap.script.10-server.start: must be a list, but is a text; write [register]"),
+    ("bootstrap/script/0/start", ["slow"], "app.bootstrap.script.10-server.start: slow is a worker; only a process of kind task"),
+    ("bootstrap/web/0/start", ["register"], "app.bootstrap.web.20-later.start: register runs on worker, but web on web"),
+    ("bootstrap/register", [{"name": "10-again", "start": ["register"]}], "app.bootstrap.register: register starts register, without end"),
+    ("processes/script/credentials", {"a:b": "/k"}, 'app.processes.script.credentials: the name "a:b" is not possible'),
+    ("processes/script/credentials/tls.key", "k.key", "app.processes.script.credentials.tls.key: must be an absolute path"),
+    ("processes/script/credentials", {}, "app.processes.script.command: {credentials} is the directory of its credentials, but app.proc"),
+    ("processes/web/environment", {"A": "{credentials}/a"}, "app.processes.web.environment.A: {credentials} is the directory of its"),
+    ("processes/script/health", {"command": ["ping", "{credentials}/k"]}, "app.processes.script.health.command: {credentials} is for"),
+    ("bootstrap/web/0/command", ["x", "{credentials}/k"], "app.bootstrap.web.20-later.command: {credentials} is the directory"),
+    ("processes/web/environment", {"PIER_KEY": "x"}, "app.processes.web.environment.PIER_KEY: is in app.secrets too"),
+    ("processes/script/environment", ..., "app.bootstrap.script.10-server: SCRIPT_CERT is not set: its certificate"),
     ("migrations", ["core"], "app.migrations: must be a dictionary, but is a list"),
 ]
 
@@ -145,3 +174,27 @@ def test_two_processes_for_one_path() -> None:
     app = changed("processes/web2", {**APP["processes"]["web"], "port": 8001})
     with pytest.raises(ContractError, match=r"app.processes.web2.path: / is already served by app.processes.web"):
         app_contract(app, GROUPS)
+
+
+def test_s3_a_circle_of_tasks_that_start_each_other_is_named() -> None:
+    app = changed("processes/other", {"kind": "task", "hosts": "worker", "command": ["x"]})
+    app["bootstrap"]["register"] = [{"name": "10-next", "start": ["other"]}]
+    app["bootstrap"]["other"] = [{"name": "10-back", "start": ["register"]}]
+    with pytest.raises(ContractError, match=r"app.bootstrap.register: register starts other starts register, without end"):
+        app_contract(app, GROUPS)
+    app["bootstrap"]["other"] = []
+    assert app_contract(app, GROUPS)["bootstrap"]["register"][0]["start"] == ["other"]
+
+
+def test_s3_a_task_may_wait_for_the_process_that_starts_it() -> None:
+    contract = app_contract(changed("processes/register/after", ["pier-script"]), GROUPS, ["redis"])
+    assert contract["processes"]["register"]["after"] == ["pier-script"]
+    assert contract["bootstrap"]["script"][0]["start"] == ["register"]
+    assert contract["processes"]["register"]["health"] == {"kind": "task"}
+
+
+def test_a_health_check_over_tls_trusts_the_platforms_ca_unless_told_otherwise() -> None:
+    health = app_contract(APP, GROUPS)["processes"]["script"]["health"]
+    assert health == {"kind": "http", "path": "/", "port": 4064, "status": 200, "ca": "/etc/evenkeel/pki/ca.crt"}
+    other = changed("processes/script/health/http/ca", "/etc/other.crt")
+    assert app_contract(other, GROUPS)["processes"]["script"]["health"]["ca"] == "/etc/other.crt"

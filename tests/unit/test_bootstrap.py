@@ -98,6 +98,66 @@ def test_root_is_told_that_its_answer_would_mean_nothing(
     assert "pier-run /usr/local/lib/evenkeel/bootstrap.py --list pier" in capfd.readouterr().err
 
 
+@pytest.fixture
+def systemctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A systemctl that writes down how it was called, and fails when there is a file `broken`."""
+    program = tmp_path / "systemctl"
+    program.write_text(f"""#!/bin/sh
+echo "$@" >> {tmp_path}/calls
+test ! -e {tmp_path}/broken || {{ echo "Unit $4 is masked." >&2; exit 5; }}
+""")
+    program.chmod(0o755)
+    monkeypatch.setattr(bootstrap, "SYSTEMCTL", (str(program),))
+    return tmp_path / "calls"
+
+
+def test_s3_a_step_starts_its_tasks_afresh_and_waits_for_none(
+    steps: list[dict[str, Any]], systemctl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps[0]["start"] = ["pier-account.service", "pier-register.service"]
+    save(steps)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert bootstrap.main(["--start", "pier", "web", "20-more"]) == 0
+    assert systemctl.read_text().splitlines() == [
+        "reset-failed -- pier-account.service",
+        "--no-block restart -- pier-account.service",
+        "reset-failed -- pier-register.service",
+        "--no-block restart -- pier-register.service",
+    ]
+    assert bootstrap.main(["--start", "pier", "web", "10-web"]) == 0
+    assert len(systemctl.read_text().splitlines()) == 4, "a step without tasks starts nothing"
+
+
+def test_s3_a_task_that_cannot_be_started_does_not_hold_the_service_up(
+    steps: list[dict[str, Any]], systemctl: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    steps[0]["start"] = ["pier-register.service"]
+    save(steps)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    systemctl.with_name("broken").touch()
+    assert bootstrap.main(["--start", "pier", "web", "20-more"]) == 0
+    line = "pier web: step 20-more: pier-register.service was not started (Unit pier-register.service is masked); web starts without it. "
+    assert capfd.readouterr().err == line + "When the cause is gone: systemctl start pier-register.service\n"
+
+
+def test_a_step_reads_the_credentials_of_its_process(steps: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tls.key").write_text("key")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    steps[0]["command"] = ["/usr/bin/cp", "{credentials}/tls.key", str(tmp_path / "copy")]
+    save(steps)
+    assert bootstrap.main(["--run", "pier", "web", "20-more"]) == 0
+    assert (tmp_path / "copy").read_text() == "key"
+
+
+def test_list_knows_the_variables_that_only_the_process_has(steps: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]) -> None:
+    save(steps)
+    path = bootstrap.CONFIGURATION / "pier/bootstrap/web.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "own_environment": ["PIER_KEY"]}))
+    assert bootstrap.main(["--list", "pier"]) == 0
+    assert bootstrap.main(["--run", "pier", "web", "10-web"]) == 1, "when it starts, the variable must be there"
+    assert "PIER_KEY is not set" in capfd.readouterr().err
+
+
 def test_an_unknown_process_or_step_is_named(steps: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]) -> None:
     save(steps)
     assert bootstrap.main(["--run", "pier", "none"]) == 1

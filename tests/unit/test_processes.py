@@ -14,8 +14,8 @@ processes = load(ROOT / "filter_plugins/processes.py", "evk_processes")
 run = load(ROOT / "roles/process/files/run.py", "evk_run")
 failure = load(ROOT / "roles/process/files/failure.py", "evk_failure")
 
-GROUPS = {"all": ["a", "b"], "web": ["a"], "worker": ["a", "b"]}
-ADDRESSES = {"a": "10.0.0.1", "b": "10.0.0.2"}
+GROUPS = {"all": ["a", "b", "c"], "web": ["a"], "worker": ["a", "b"], "script": ["c"]}
+ADDRESSES = {"a": "10.0.0.1", "b": "10.0.0.2", "c": "10.0.0.3"}
 CONTRACT = contract_filter.app_contract(
     {
         "name": "pier",
@@ -40,8 +40,23 @@ CONTRACT = contract_filter.app_contract(
                 "after": ["pier-web"],
             },
             "sweep": {"kind": "timer", "hosts": "worker", "command": ["sweep"], "on_calendar": "hourly"},
+            "script": {
+                "kind": "service",
+                "hosts": "script",
+                "command": ["serve", "--key", "{credentials}/tls.key"],
+                "port": 4064,
+                "environment": {"CERT": "{credentials}/tls.crt", "LEVEL": "own", "MORE": "m"},
+                "credentials": {"tls.key": "/etc/k.key", "tls.crt": "/etc/k.crt"},
+                "health": {"command": ["log-in"]},
+            },
+            "secure": {"kind": "service", "hosts": "script", "command": ["s"], "health": {"http": {"path": "/h", "port": 1, "tls": True}}},
+            "register": {"kind": "task", "hosts": "script", "command": ["register"]},
         },
-        "bootstrap": {"web": [{"name": "10-web", "directories": [{"path": "/run/pier", "mode": "0755"}]}]},
+        "environment": {"LEVEL": "shared", "CERT": "shared", "OTHER": "o"},
+        "bootstrap": {
+            "script": [{"name": "10-server", "start": ["register"]}],
+            "web": [{"name": "10-web", "directories": [{"path": "/run/pier", "mode": "0755"}]}],
+        },
     },
     GROUPS,
 )
@@ -74,6 +89,60 @@ def test_nothing_runs_before_the_first_deploy() -> None:
             assert "state" not in unit, "its timer starts it"
         else:
             assert unit["requires_path"] == "/opt/pier/current"
+
+
+def unit(name: str) -> dict[str, Any]:
+    """The entry of a unit on the host of the script processor."""
+    units: list[dict[str, Any]] = processes.process_units(CONTRACT, ["script"])
+    return next(entry for entry in units if entry["name"] == name)
+
+
+def test_s3_a_task_is_started_by_the_step_of_its_service_alone() -> None:
+    task = unit("pier-register.service")
+    assert not {"state", "enabled", "restart_on", "requires_path"} & set(task), "neither at boot, nor by site.yml, nor by a deploy"
+    [step] = [step for step in processes.bootstrap_steps(CONTRACT, "script") if step["name"] == "10-server"]
+    assert step["start"] == ["pier-register.service"]
+    assert "pier-register.timer" not in [entry["name"] for entry in processes.process_units(CONTRACT, ["script"])]
+
+
+def test_a_task_has_no_health_check_that_could_alarm_while_it_rests() -> None:
+    names = [entry["name"] for entry in processes.contract_health_services(CONTRACT, "c", ADDRESSES)]
+    assert sorted(names) == ["pier-script", "pier-secure"]
+
+
+def test_a_renewed_credential_restarts_the_process_that_has_it() -> None:
+    assert {"/etc/k.key", "/etc/k.crt"} <= set(unit("pier-script.service")["restart_on"])
+    assert not {"/etc/k.key", "/etc/k.crt"} & set(unit("pier-secure.service")["restart_on"])
+
+
+def test_a_processes_own_variable_wins_over_the_apps_wherever_it_is_written() -> None:
+    [file] = processes.process_files(CONTRACT, ["script"])
+    assert (file["dest"], file["mode"], file["group"]) == ("/etc/pier/environment-script", "0640", "pier")
+    # systemd lets a file win over the unit: the file must not have what only the unit can say
+    assert file["content"] == "LEVEL=own\nMORE=m\nOTHER=o\n"
+    item = unit("pier-script.service")["vars"]["__process_item"]
+    assert item["environment"] == {"CERT": "{credentials}/tls.crt"}
+    assert item["environment_file"] == file["dest"]
+    assert file["dest"] in unit("pier-script.service")["restart_on"]
+    assert processes.process_files(CONTRACT, ["web", "worker"]) == []
+    assert unit("pier-secure.service")["vars"]["__process_item"]["environment_file"] == "/etc/pier/environment"
+
+
+def test_the_directory_of_the_credentials_is_left_to_systemd_and_nothing_else_is() -> None:
+    assert processes.systemd_argv(["a", "{credentials}/k", "%d", "${X}"]) == 'a %d/k %%d "$${X}"'
+    values = {"B": "$HOME 5%", "A": "{credentials}/k"}
+    assert processes.systemd_environment(values) == ["A=%d/k", '"B=$HOME 5%%"'], "no variable is replaced in Environment="
+
+
+def test_a_health_command_gets_the_processes_own_variables_but_no_credentials() -> None:
+    entries = {entry["name"]: entry for entry in processes.contract_health_services(CONTRACT, "c", ADDRESSES)}
+    assert entries["pier-script"]["environment"] == {"LEVEL": "own", "MORE": "m"}
+    assert entries["pier-script"]["environment_files"] == ["/etc/pier/environment", "/etc/pier/secrets.env"]
+
+
+def test_a_health_check_over_tls_is_verified() -> None:
+    entries = {entry["name"]: entry for entry in processes.contract_health_services(CONTRACT, "c", ADDRESSES)}
+    assert (entries["pier-secure"]["url"], entries["pier-secure"]["ca"]) == ("https://10.0.0.3:1/h", "/etc/evenkeel/pki/ca.crt")
 
 
 def test_a_declared_directory_is_made_once() -> None:

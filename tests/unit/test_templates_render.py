@@ -55,3 +55,48 @@ def test_rendered_units_run_what_the_contract_says(rendered: dict[str, dict[str,
     assert "EnvironmentFile=/etc/" in web
     for text in rendered["process"].values():
         assert "{{" not in text
+
+
+def lines(rendered: dict[str, dict[str, str]], unit: str) -> list[str]:
+    """The lines of a rendered unit of role process."""
+    return rendered["process"][next(name for name in rendered["process"] if name.endswith(f"-{unit}.service"))].splitlines()
+
+
+def test_s3_the_start_of_a_service_does_not_wait_for_its_tasks(rendered: dict[str, dict[str, str]]) -> None:
+    steps = [line for line in lines(rendered, "speaks-tls") if line.startswith("ExecStartPre=")]
+    run, start = steps[-2:]
+    assert run.startswith("ExecStartPre=/usr/local/lib/evenkeel/bootstrap.py --run "), "its command first, as the application"
+    assert start.startswith("ExecStartPre=+-/usr/local/lib/evenkeel/bootstrap.py --start "), "then as root, and no failure of it counts"
+    assert start.endswith(" speaks-tls 10-server")
+
+
+def test_s3_a_task_is_tried_again_within_bounds_and_then_the_operator_is_told(rendered: dict[str, dict[str, str]]) -> None:
+    task = lines(rendered, "register")
+    for line in (
+        "Type=oneshot",
+        "Restart=on-failure",
+        "RestartSec=30",
+        "StartLimitBurst=5",
+        # a window could pass before slow work has failed so often, and then nobody would ever be told
+        "StartLimitIntervalSec=infinity",
+        "OnFailure=evenkeel-failure@%n.service",
+        "ExecStartPost=+-/usr/bin/systemctl reset-failed %n",
+        "SuccessExitStatus=SIGTERM",
+    ):
+        assert line in task
+    assert "[Install]" not in task, "nothing but a step or a person starts it"
+    assert "Restart=always" not in task
+    assert not [line for line in task if line.startswith("ExecStop=")]
+    # systemd gives each command of a start the same time, and this one waits for others first (300 s)
+    assert "TimeoutStartSec=330" in task
+    assert "TimeoutStartSec=3600" in lines(rendered, "nightly")
+
+
+def test_credentials_are_handed_over_by_systemd(rendered: dict[str, dict[str, str]]) -> None:
+    service = lines(rendered, "speaks-tls")
+    assert "LoadCredential=tls.key:/etc/probe.key" in service
+    assert 'Environment="TLS_DIR=%d/x y"' in service
+    assert next(line for line in service if line.startswith("ExecStart=")).endswith("/venv/bin/serve --key %d/tls.key")
+    files = [line.rpartition("/")[2] for line in service if line.startswith("EnvironmentFile=")]
+    assert files == ["environment-speaks-tls", "secrets.env"], "the file of the whole app would win over the unit"
+    assert not [line for line in lines(rendered, "register") if line.startswith("LoadCredential=")]

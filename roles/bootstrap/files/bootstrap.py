@@ -2,8 +2,9 @@
 """The start-up steps of an application's processes, run by systemd before the main process.
 
 ``prepare`` runs with full privileges and makes the directories of one step. ``run`` runs as the application's user, in
-the sandbox of the process, and checks the variables and paths of the step, then runs its command. systemd calls both
-for one step after another; the first that fails stops the start with one line. ``--list`` tells all that is missing.
+the sandbox of the process, and checks the variables and paths of the step, then runs its command. ``start`` has full
+privileges again: it starts the step's tasks and does not wait for them. systemd calls them for one step after another;
+the first that fails stops the start with one line. ``--list`` tells all that is missing.
 
 The steps stand in ``/etc/<app>/bootstrap/<process>.json``.
 """
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 CONFIGURATION = Path("/etc")
+SYSTEMCTL = ("/usr/bin/systemctl", "--no-ask-password")
+SYSTEMCTL_SECONDS = 10
 OK, FAILED, USAGE = 0, 1, 2
 
 
@@ -51,6 +54,7 @@ class Step:
     directories: tuple[Directory, ...]
     writable: tuple[str, ...]
     command: tuple[str, ...]
+    start: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Table:
     user: str
     group: str
     steps: tuple[Step, ...]
+    own_environment: frozenset[str] = frozenset()
 
 
 def load_table(app: str, process: str) -> Table:
@@ -80,10 +85,13 @@ def load_table(app: str, process: str) -> Table:
             tuple(Directory(directory["path"], int(directory["mode"], 8)) for directory in step["directories"]),
             tuple(step["writable"]),
             tuple(step["command"]),
+            tuple(step.get("start", ())),
         )
         for step in data["steps"]
     ]
-    return Table(data["app"], data["process"], data["user"], data["group"], tuple(sorted(steps, key=lambda step: step.name)))
+    ordered = tuple(sorted(steps, key=lambda step: step.name))
+    own = frozenset(data.get("own_environment", ()))
+    return Table(data["app"], data["process"], data["user"], data["group"], ordered, own)
 
 
 def pick(table: Table, name: str) -> Step:
@@ -175,8 +183,9 @@ def prepare(table: Table, step: Step) -> None:
 
 def run_command(table: Table, step: Step) -> None:
     """Run the step's command in the release; its own output goes to the journal as it is."""
-    program = step.command[0]
-    argv = [program if program.startswith("/") else str(Path.cwd() / "venv" / "bin" / program), *step.command[1:]]
+    words = [word.replace("{credentials}", os.environ.get("CREDENTIALS_DIRECTORY", "")) for word in step.command]
+    program = words[0]
+    argv = [program if program.startswith("/") else str(Path.cwd() / "venv" / "bin" / program), *words[1:]]
     shown = shlex.join(step.command)
     try:
         code = subprocess.run(argv, stdin=subprocess.DEVNULL, check=False).returncode
@@ -188,6 +197,33 @@ def run_command(table: Table, step: Step) -> None:
     if code:
         end = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         raise BootstrapError(f"{label(table, step)}: {shown} {end}; its output stands above")
+
+
+def start(table: Table, step: Step) -> None:
+    """Start the tasks of a step afresh, and do not wait: they hold the start up neither by their work nor by their failure.
+
+    Afresh, because one that still works for an earlier release, or has been given up, would not see the present one.
+    """
+    for unit in step.start:
+        # the count of its tries begins anew; nothing to do for a unit that has never run
+        subprocess.run([*SYSTEMCTL, "reset-failed", "--", unit], capture_output=True, timeout=SYSTEMCTL_SECONDS, check=False)
+        try:
+            done = subprocess.run(
+                [*SYSTEMCTL, "--no-block", "restart", "--", unit],
+                capture_output=True,
+                text=True,
+                timeout=SYSTEMCTL_SECONDS,
+                check=False,
+            )
+            problem = done.stderr.strip().rpartition("\n")[2] if done.returncode else ""
+        except subprocess.TimeoutExpired:
+            problem = f"systemd did not answer within {SYSTEMCTL_SECONDS} s"
+        if problem:
+            print(
+                f"{label(table, step)}: {unit} was not started ({problem.rstrip('.')}); {table.process} starts without it. "
+                f"When the cause is gone: systemctl start {unit}",
+                file=sys.stderr,
+            )
 
 
 def label(table: Table, step: Step) -> str:
@@ -213,7 +249,7 @@ def list_missing(tables: Sequence[Table]) -> list[str]:
     for table in tables:
         declared = {directory.path for step in table.steps for directory in step.directories}
         for step in table.steps:
-            sentences = missing_variables(step, os.environ)
+            sentences = missing_variables(step, {**os.environ, **dict.fromkeys(table.own_environment, "set by its unit")})
             # A directory that a step will make need not be writable yet.
             paths = [path for path in step.writable if path not in declared or Path(path).exists()]
             sentences += [sentence for path in paths if (sentence := unwritable(path, table.user))]
@@ -241,6 +277,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = result.add_mutually_exclusive_group(required=True)
     verbs.add_argument("--prepare", action="store_true", help="make the directories of the step (as root)")
     verbs.add_argument("--run", action="store_true", help="check and run the step (as the application's user)")
+    verbs.add_argument("--start", action="store_true", help="start the tasks of the step, without waiting (as root)")
     verbs.add_argument("--list", action="store_true", help="print all that is missing; exit code 1 if anything is")
     result.add_argument("app")
     result.add_argument("process", nargs="?", help="with --list: this process only")
@@ -252,7 +289,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the verb."""
     options = parser().parse_args(argv)
     try:
-        if os.geteuid() == 0 and not options.prepare:
+        if os.geteuid() == 0 and not (options.prepare or options.start):
             raise BootstrapError(
                 f"{options.app}: root may write everywhere, so this says nothing; "
                 f"type: {options.app}-run /usr/local/lib/evenkeel/bootstrap.py --list {options.app}"
@@ -263,7 +300,7 @@ def main(argv: Sequence[str]) -> int:
             raise BootstrapError("name the process, and the step if only one is wanted")
         table = load_table(options.app, options.process)
         for step in [pick(table, options.step)] if options.step else table.steps:
-            (prepare if options.prepare else run)(table, step)
+            (prepare if options.prepare else start if options.start else run)(table, step)
     except BootstrapError as error:
         print(error, file=sys.stderr)
         return FAILED
