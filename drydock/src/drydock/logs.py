@@ -2,11 +2,16 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from datetime import UTC, datetime
+
+from drydock.jobs import context
+
+REQUEST_ID = "{x-request-id}o"  # gunicorn's name for the response header
 
 
 class LineFormatter(logging.Formatter):
-    """Write a record as one line of JSON; a traceback is a field of it."""
+    """Write a record as one line of JSON; a traceback is a field of it, and what is known of its cause are others."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -15,10 +20,20 @@ class LineFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **context.fields(),
+            **_access_fields(record),
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
+
+
+def _access_fields(record: logging.LogRecord) -> dict[str, str]:
+    """Return the request of gunicorn's access line, which is written when the request is over."""
+    if record.name != "gunicorn.access" or not isinstance(record.args, Mapping):
+        return {}
+    request = str(record.args[REQUEST_ID])
+    return {} if request == "-" else {"request": request}
 
 
 class QuietPings(logging.Filter):
