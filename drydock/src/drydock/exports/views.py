@@ -101,15 +101,16 @@ def _file(export: Export) -> HttpResponseBase:
 def exports(request: HttpRequest) -> HttpResponse:
     """List the user's exports and take the wish for a new one."""
     user = user_of(request)
+    refusal = ""
     if request.method == "POST":
         try:
             return redirect("export", service.request_export(user.pk, request.POST.get("format", "")).pk)
         except ValueError as error:
-            return HttpResponse(str(error), status=400, content_type="text/plain; charset=utf-8")
+            refusal = str(error)
     listed = list(exports_of(user)[:LISTED])
-    waiting = any(export.state == Export.State.PENDING for export in listed)
-    context = {"exports": listed, "formats": Export.Format.choices, "waiting": waiting}
-    return render(request, "exports/list.html", context)
+    waiting = any(export.state == Export.State.PENDING for export in listed) and not refusal
+    context = {"exports": listed, "formats": Export.Format.choices, "waiting": waiting, "error": refusal}
+    return render(request, "exports/list.html", context, status=400 if refusal else 200)
 
 
 @login_required
