@@ -1,0 +1,9 @@
+"""The app of the proof."""
+
+from django.apps import AppConfig
+
+
+class ProofConfig(AppConfig):
+    """Jobs whose effects can be counted."""
+
+    name = "proof"
