@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -133,6 +135,41 @@ def test_http_that_never_ends_is_cut_at_the_deadline(url: str) -> None:
 
 def test_http_to_nobody() -> None:
     assert "refused" in ask("http://127.0.0.1:1/").message.lower()
+
+
+def certificate(directory: Path, name: str) -> Path:
+    """A self-signed certificate for `name`, with its key in the same file."""
+    path = directory / f"{name.replace(':', '-')}.pem"
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    made = ["-subj", "/CN=test", "-addext", f"subjectAltName={name}", "-keyout", f"{path}.key", "-out", str(path)]
+    subprocess.run(["openssl", "req", "-x509", *curve, *made], check=True, capture_output=True)
+    path.write_text(path.read_text() + Path(f"{path}.key").read_text())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("served", "trusted", "said"),
+    [
+        ("IP:127.0.0.1", "IP:127.0.0.1", ""),
+        ("IP:127.0.0.1", "", "self-signed"),
+        ("IP:127.0.0.1", "IP:127.0.0.2", "self-signed"),
+        ("IP:127.0.0.2", "IP:127.0.0.2", "certificate is not valid for '127.0.0.1'"),
+    ],
+)
+def test_http_over_tls_believes_only_a_certificate_of_its_ca_for_this_address(tmp_path: Path, served: str, trusted: str, said: str) -> None:
+    pem = certificate(tmp_path, served)
+    ca = str(pem if trusted == served else certificate(tmp_path, trusted)) if trusted else ""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        outcome = ask(f"https://127.0.0.1:{server.server_address[1]}/", ca=ca, contains="None")
+    finally:
+        server.shutdown()
+    assert outcome.passed is (said == "")
+    assert said in outcome.message
 
 
 def run_command(*argv: str, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> Any:
