@@ -45,7 +45,7 @@ def test_every_line_of_a_request_carries_its_id_and_the_answer_does_too(
 ) -> None:
     person, request = sign_in(), uuid.uuid4().hex
     answer = person.get("/documents/00000000-0000-0000-0000-000000000000/", **{"X-Request-ID": request})
-    assert answer.headers.get_all("X-Request-ID") == [request]
+    assert (answer.status, answer.headers.get_all("X-Request-ID")) == (404, [request])
     found = wait_for("both lines", lambda: two(lines(servers, "web", request=request)))
     assert [line["logger"] for line in found] == ["django.request", "gunicorn.access"]
     assert found[0]["route"] == "/documents/<uuid:document_id>/"

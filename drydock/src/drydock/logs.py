@@ -21,19 +21,21 @@ class LineFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             **context.fields(),
-            **_access_fields(record),
+            **_request_fields(record),
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
 
 
-def _access_fields(record: logging.LogRecord) -> dict[str, str]:
-    """Return the request of gunicorn's access line, which is written when the request is over."""
+def _request_fields(record: logging.LogRecord) -> dict[str, str]:
+    """Return what is known of the request for lines that are written after it: Django's about errors, gunicorn's."""
+    if request := getattr(record, "request", None):
+        return getattr(request, "log_fields", {})
     if record.name != "gunicorn.access" or not isinstance(record.args, Mapping):
         return {}
-    request = str(record.args[REQUEST_ID])
-    return {} if request == "-" else {"request": request}
+    request_id = str(record.args[REQUEST_ID])
+    return {} if request_id == "-" else {"request": request_id}
 
 
 class QuietPings(logging.Filter):

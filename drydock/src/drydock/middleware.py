@@ -54,6 +54,8 @@ class RequestIdentity:
         started = time.monotonic()
         with context.bound(request=request_id):
             response = self.get_response(request)
+            # Django's own line about an error comes later.
+            request.log_fields = context.fields()  # type: ignore[attr-defined]
         response["X-Request-ID"] = request_id
         web_metrics.observe(request.method or "", route_of(request), response.status_code, time.monotonic() - started)
         return response
