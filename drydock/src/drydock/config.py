@@ -91,6 +91,12 @@ VARIABLES = {
         Variable("DRYDOCK_RUN_DIR", "directory on tmpfs for job files, writable", "/run/drydock", "/run/drydock"),
         Variable("DRYDOCK_RATE_LIMIT_ACTIONS", "how many major actions a user may start in the time", "6", "6"),
         Variable("DRYDOCK_RATE_LIMIT_SECONDS", "the time of DRYDOCK_RATE_LIMIT_ACTIONS, in seconds", "60", "60"),
+        Variable("DRYDOCK_UPLOAD_PHOTO_MAX_BYTES", "how large a photo may be", "20971520", "20971520"),
+        Variable("DRYDOCK_UPLOAD_ATTACHMENT_MAX_BYTES", "how large an attachment may be", "104857600", "104857600"),
+        Variable("DRYDOCK_UPLOAD_PHOTO_STALE_SECONDS", "age of a photo's leftovers to be pruned", "3600", "3600"),
+        Variable(
+            "DRYDOCK_UPLOAD_ATTACHMENT_STALE_SECONDS", "age of an attachment's leftovers to be pruned", "86400", "86400"
+        ),
     )
 }
 
@@ -127,6 +133,9 @@ class Config:
     run_dir: Path
     rate_limit_actions: int
     rate_limit_seconds: int
+    # By the kind of upload.
+    upload_max_bytes: dict[str, int]
+    upload_stale_seconds: dict[str, int]
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Config":
@@ -150,6 +159,10 @@ class Config:
             settings = read(f"DATABASE_{cluster}_URL", _database, nothing)
             settings["PASSWORD"] = read(f"DATABASE_{cluster}_PASSWORD", str, "")
             return settings
+
+        def upload(what: str) -> dict[str, int]:
+            number = _whole_number(1)
+            return {kind: read(f"DRYDOCK_UPLOAD_{kind.upper()}_{what}", number, 1) for kind in ("photo", "attachment")}
 
         redis_url = read("REDIS_URL", _redis_url, "")
         config = cls(
@@ -182,6 +195,8 @@ class Config:
             run_dir=read("DRYDOCK_RUN_DIR", _absolute_path, Path("/")),
             rate_limit_actions=read("DRYDOCK_RATE_LIMIT_ACTIONS", _whole_number(1), 1),
             rate_limit_seconds=read("DRYDOCK_RATE_LIMIT_SECONDS", _whole_number(1), 1),
+            upload_max_bytes=upload("MAX_BYTES"),
+            upload_stale_seconds=upload("STALE_SECONDS"),
         )
         if problems:
             raise ConfigurationError("\n".join(f"drydock: {problem}" for problem in problems))

@@ -84,7 +84,7 @@ class JobFile:
         lock = portalocker.Lock(path, "a", timeout=self.timeout_seconds, check_interval=LOCK_CHECK_SECONDS)
         try:
             # A lock on a file that was removed in the meantime guards nothing.
-            while not _is_named(lock.acquire().fileno(), path):
+            while not is_named(lock.acquire().fileno(), path):
                 lock.release()
         except portalocker.LockException as error:
             raise JobFileError(
@@ -113,7 +113,7 @@ def job_file(name: str) -> JobFile:
     return JobFile(directory / f"{name}.json")
 
 
-def _is_named(descriptor: int, path: Path) -> bool:
+def is_named(descriptor: int, path: Path) -> bool:
     """Say whether the open file is still the one of this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())

@@ -4,7 +4,7 @@ from typing import Any
 
 from django.db.models import Model
 
-PLUGINS_APPS = frozenset({"exports", "processor"})
+PLUGINS_APPS = frozenset({"exports", "processor", "uploads"})
 # The job table exists on both: a job commits together with what it is about.
 SHARED_APPS = frozenset({"jobs"})
 

@@ -30,6 +30,7 @@ INSTALLED_APPS = [
     "drydock.exports",
     "drydock.processor",
     "drydock.learning",
+    "drydock.uploads",
     "drydock.operations",
 ]
 MIDDLEWARE = [
@@ -39,6 +40,8 @@ MIDDLEWARE = [
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
+    "drydock.uploads.middleware.TemporaryFiles",
+    "drydock.uploads.middleware.StorageAway",
     "django.middleware.csrf.CsrfViewMiddleware",
     "drydock.middleware.Authentication",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
@@ -83,6 +86,7 @@ CSRF_TRUSTED_ORIGINS = CONFIG.csrf_trusted_origins
 CSRF_FAILURE_VIEW = "drydock.operations.errors.csrf_failure"
 X_FRAME_OPTIONS = "DENY"
 DATA_UPLOAD_MAX_MEMORY_SIZE = 2 * 1024 * 1024
+FILE_UPLOAD_HANDLERS = ["drydock.uploads.handlers.LockedFileHandler"]
 SILENCED_SYSTEM_CHECKS = [
     "security.W004",  # HSTS is the operator's decision: DRYDOCK_HSTS_SECONDS
     "security.W005",  # … and so are its subdomains

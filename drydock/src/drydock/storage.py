@@ -46,6 +46,11 @@ def get(key: str) -> Any:
     return client().get_object(Bucket=config.load().s3_bucket, Key=key)["Body"]
 
 
+def delete(key: str) -> None:
+    """Remove one object; one that is not there is no error."""
+    client().delete_object(Bucket=config.load().s3_bucket, Key=key)
+
+
 def bucket_exists(s3: Any | None = None) -> bool:
     """Say whether the configured bucket is there; an endpoint that fails otherwise raises."""
     try:

@@ -8,6 +8,7 @@ from drydock.documents import views as documents
 from drydock.exports import views as exports
 from drydock.learning import views as learning
 from drydock.operations import views as operations
+from drydock.uploads import views as uploads
 
 login_view = auth_views.LoginView.as_view(template_name="accounts/login.html", redirect_authenticated_user=True)
 
@@ -33,6 +34,8 @@ urlpatterns = [
     path("api/units/<slug:slug>/photos", learning.api_photos_of_unit),
     path("api/photos", learning.api_photos),
     path("api/photos/<uuid:photo_id>/review", learning.api_review),
+    path("api/uploads", uploads.api_uploads),
+    path("api/uploads/<uuid:upload_id>", uploads.api_upload, name="api-upload"),
     # For people
     path("", accounts.dashboard, name="dashboard"),
     path("login", login_view, name="login"),
@@ -41,6 +44,8 @@ urlpatterns = [
     path("documents/new", documents.new_document, name="new-document"),
     path("documents/<uuid:document_id>/", documents.document, name="document"),
     path("documents/<uuid:document_id>/pdf", documents.document_pdf, name="document-pdf"),
+    path("uploads/", uploads.uploads, name="uploads"),
+    path("uploads/<uuid:upload_id>/file", uploads.upload_file, name="upload-file"),
     path("exports/", exports.exports, name="exports"),
     path("exports/<uuid:export_id>/", exports.export, name="export"),
     path("exports/<uuid:export_id>/download", exports.export_download, name="export-download"),
