@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +206,20 @@ def test_failure_says_what_happened_and_what_to_type() -> None:
     line = failure.sentence("pier-web.service", facts, "no database.")
     assert line.startswith("pier-web.service has failed after 20 restarts (exit-code, exit status 3): no database. Next: ")
     assert "journalctl -u pier-web.service" in line
+
+
+def test_failure_names_the_credential_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there.key").write_text("")
+    unit_file = f"[Service]\nLoadCredential=a:{tmp_path}/there.key\nLoadCredential=tls.key:{tmp_path}/gone.key\n"
+    said = {"_PID": "7", "MESSAGE": "pier-web.service: Failed to set up credentials: No such file or directory"}
+    answers = {"cat": unit_file, "show": "Result=exit-code\nNRestarts=19", "--unit": json.dumps(said)}
+
+    def answer(command: list[str], **_options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, answers[command[1]])
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    monkeypatch.setattr(failure, "FAILURES", tmp_path / "failures")
+    assert failure.main("pier-web.service") == 0
+    line = (tmp_path / "failures/pier-web.service").read_text()
+    assert f"(not on this host: {tmp_path}/gone.key; make it, or correct credentials in app.processes)" in line
+    assert "there.key" not in line

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -32,6 +33,13 @@ def last_words(unit: str) -> str:
     return "it wrote nothing"
 
 
+def absent_credentials(unit: str) -> list[str]:
+    """The files that the unit is to be given and that are not there: systemd says that one is missing, but not which."""
+    text = subprocess.run(["systemctl", "cat", unit], capture_output=True, text=True, check=False, timeout=20).stdout
+    paths = re.findall(r"^LoadCredential=[^:\n]+:(/.+)$", text, re.MULTILINE)
+    return [path for path in paths if not Path(path).exists()]
+
+
 def sentence(unit: str, facts: dict[str, str], words: str) -> str:
     """What happened, and what to type next."""
     restarts = facts.get("NRestarts", "0")
@@ -46,7 +54,11 @@ def sentence(unit: str, facts: dict[str, str], words: str) -> str:
 
 def main(unit: str) -> int:
     """Write the line and the file."""
-    line = sentence(unit, show(unit), last_words(unit))
+    words = last_words(unit)
+    absent = absent_credentials(unit) if "credentials" in words.lower() else []
+    if absent:
+        words += f" (not on this host: {', '.join(absent)}; make it, or correct credentials in app.processes)"
+    line = sentence(unit, show(unit), words)
     print(line)
     FAILURES.mkdir(mode=0o755, parents=True, exist_ok=True)
     temporary = FAILURES / f".{unit}.new"
