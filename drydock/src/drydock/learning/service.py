@@ -2,6 +2,7 @@
 
 import unicodedata
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TypeVar
 from uuid import UUID
 
@@ -12,6 +13,7 @@ from django.db.models.functions import Now
 from drydock.accounts.models import User
 from drydock.learning import availability, rules
 from drydock.learning.models import Attempt, Availability, Photo, Unit
+from drydock.uploads import service as uploads
 
 MAX_ANSWER, MAX_NOTE = 500, 500
 Made = TypeVar("Made", Attempt, Photo)
@@ -133,15 +135,13 @@ def submit_photo(user: User, found: Standing, file: UploadedFile, request_key: s
         return earlier
     if not found.open:
         raise LockedError(found.locked_because)
-    _refuse_photo(user, found.unit)
-    from drydock.uploads import service as uploads
-
-    upload = uploads.store(user.pk, "photo", file)
     try:
+        _refuse_photo(user, found.unit)
+        upload = uploads.store(user.pk, "photo", file, _upload_key(request_key))
         with transaction.atomic(using="core"):
             return Photo.objects.create(unit=found.unit, user=user, upload_id=upload.pk, request_key=request_key)
-    except IntegrityError:
-        # The same request at the same time, or another photo.
+    except (PhotoRefusedError, IntegrityError):
+        # The same request was faster, or another photo.
         if earlier := _earlier(Photo, user, found.unit, request_key):
             return earlier
         _refuse_photo(user, found.unit)
@@ -156,6 +156,11 @@ def _earlier(model: type[Made], user: User, unit: Unit, request_key: str | None)
     if made and made.unit_id != unit.pk:
         raise InvalidInputError("This Idempotency-Key belongs to an earlier request, about another unit.")
     return made
+
+
+def _upload_key(request_key: str | None) -> str | None:
+    """Return the key of the photo's upload: of the same request, but never that of another upload of this person."""
+    return request_key and f"learning:{sha256(request_key.encode()).hexdigest()}"
 
 
 def _refuse_photo(user: User, unit: Unit) -> None:

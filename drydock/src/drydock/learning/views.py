@@ -4,7 +4,6 @@ from typing import Any
 from uuid import UUID
 
 from django.contrib.auth.decorators import login_required
-from django.core.files.uploadedfile import UploadedFile
 from django.db.models import QuerySet
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from django.http.response import HttpResponseBase
@@ -16,6 +15,8 @@ from drydock.accounts.models import User
 from drydock.learning import service
 from drydock.learning.models import Attempt, Photo
 from drydock.learning.service import DecidedError, LockedError, PhotoRefusedError, Standing
+from drydock.ratelimit import limited
+from drydock.uploads import service as uploads
 from drydock.web import api, json_body, problem, request_key, text_field, user_of
 
 LISTED = 100
@@ -36,13 +37,6 @@ def photos_of(user: User, found: Standing) -> QuerySet[Photo]:
 def photos_in(state: str) -> QuerySet[Photo]:
     """Return everybody's photos in a state, the oldest first: it has waited longest."""
     return Photo.objects.filter(state=state).select_related("unit", "user", "reviewer").order_by("created")
-
-
-def _photo_file(request: HttpRequest) -> UploadedFile:
-    file = request.FILES.get("photo")
-    if not isinstance(file, UploadedFile):
-        raise service.InvalidInputError("Choose a photo: the form has a field “photo” for its file.")
-    return file
 
 
 # --- JSON API ---------------------------------------------------------------------------------------------------------
@@ -75,6 +69,7 @@ def api_unit(request: HttpRequest, slug: str) -> HttpResponseBase:
 
 
 @api("POST")
+@limited
 def api_attempts(request: HttpRequest, slug: str) -> HttpResponseBase:
     """Take an answer."""
     user = user_of(request)
@@ -91,6 +86,7 @@ def api_attempts(request: HttpRequest, slug: str) -> HttpResponseBase:
 
 
 @api("POST")
+@limited
 def api_photos_of_unit(request: HttpRequest, slug: str) -> HttpResponseBase:
     """Take a photo (multipart field `photo`)."""
     user = user_of(request)
@@ -98,11 +94,13 @@ def api_photos_of_unit(request: HttpRequest, slug: str) -> HttpResponseBase:
     if found is None:
         return problem(404, "NOT_FOUND", NO_UNIT)
     try:
-        photo = service.submit_photo(user, found, _photo_file(request), request_key(request))
+        photo = service.submit_photo(user, found, uploads.received(request, "photo"), request_key(request))
     except LockedError as error:
         return problem(403, "UNIT_LOCKED", str(error))
     except PhotoRefusedError as error:
         return problem(409, "PHOTO_REFUSED", str(error))
+    except uploads.InvalidUploadError as error:
+        return problem(error.status, error.code, str(error))
     except ValueError as error:
         return problem(400, "INVALID_INPUT", str(error))
     return JsonResponse(_describe_photo(photo), status=201, headers={"Location": reverse("api-unit", args=[slug])})
@@ -198,6 +196,7 @@ def unit(request: HttpRequest, slug: str) -> HttpResponse:
 
 @login_required
 @require_POST
+@limited
 def attempt(request: HttpRequest, slug: str) -> HttpResponse:
     """Take an answer; the unit's page shows whether it was right."""
     found = _standing(request, slug)
@@ -212,17 +211,18 @@ def attempt(request: HttpRequest, slug: str) -> HttpResponse:
 
 @login_required
 @require_POST
+@limited
 def photo(request: HttpRequest, slug: str) -> HttpResponse:
     """Take a photo; the unit's page shows its state."""
     found = _standing(request, slug)
     try:
-        service.submit_photo(user_of(request), found, _photo_file(request))
+        service.submit_photo(user_of(request), found, uploads.received(request, "photo"))
     except LockedError:
         return _unit_page(request, found)
     except PhotoRefusedError as error:
         return _unit_page(request, found, status=409, photo_error=str(error))
-    except ValueError as error:
-        return _unit_page(request, found, photo_error=str(error))
+    except uploads.InvalidUploadError as error:
+        return _unit_page(request, found, status=error.status, photo_error=str(error))
     return redirect(reverse("unit", args=[slug]) + "#photo")
 
 
