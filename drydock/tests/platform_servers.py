@@ -5,6 +5,7 @@ Everything lives in one temporary directory and on free ports, and ends with the
 
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -47,10 +48,18 @@ def missing_packages() -> list[str]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nobody listens on, and that the kernel gives to no client.
+
+    A server that is away for a moment would else find its port taken, even by a client that looks for it: who asks for
+    a port on localhost often enough is connected to itself.
+    """
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", random.randrange(12000, 32000)))  # noqa: S311
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
 
 
 def wait_for(what: str, condition: Callable[[], Any], seconds: float = 30) -> Any:
