@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +120,17 @@ def run(
     normal = quantile((row[0] for row in servers.sql("plugins", DELAYS)), 0.5)
     order = [name for name, count in plan.items() for _ in range(count)]
     rng.shuffle(order)
+    shares = [(jobs - undisturbed) // len(order)] * (len(order) - 1) if order else []
+    shares.append(jobs - undisturbed - sum(shares))
     with ThreadPoolExecutor(1) as background:
-        accepting = background.submit(acceptance.run, "proof", jobs - undisturbed, per_second=per_second)
-        for number, name in enumerate(order, start=1):
-            enough = undisturbed + (jobs - undisturbed) * number // (len(order) + 1)
+        for share, name in zip_longest(shares, order):
+            enough = len(book.accepted) + rng.randrange(max(1, share))
+            accepting = background.submit(acceptance.run, "proof", share, per_second=per_second)
             while len(book.accepted) < enough and not accepting.done():
-                time.sleep(0.01)
-            if accepting.done():
-                break
-            faults.inject(name)
-        accepting.result()
+                time.sleep(0.005)
+            if name:
+                faults.inject(name)
+            accepting.result()
     accepted = time.monotonic()
     findings = ledger.check(person, book, wait_seconds=wait_seconds)
     faults.heal()
