@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,19 @@ def finished(person: Browser, document: str) -> Answer:
     return answer
 
 
-def test_a_cyrillic_document_becomes_a_pdf_whose_text_is_right(sign_in: Callable[..., Browser]) -> None:
+def survivors() -> list[str]:
+    """Return the processes that work in a compile's directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(config.load().data_dir / "compile") in os.readlink(process / "cwd"):
+                found.append((process / "comm").read_text())
+        except OSError:
+            continue
+    return found
+
+
+def test_q1_a_cyrillic_document_becomes_a_pdf_whose_text_is_right(sign_in: Callable[..., Browser]) -> None:
     person = sign_in()
     accepted = person.post("/api/documents", {"title": "Булки", "source": CYRILLIC % "Один."})
     assert accepted.status == 201
@@ -82,7 +95,7 @@ def test_a_cyrillic_document_becomes_a_pdf_whose_text_is_right(sign_in: Callable
     assert text_of(person.get(f"/documents/{document}/pdf").body)
 
 
-def test_a_compile_error_is_told_and_the_last_good_pdf_stays(sign_in: Callable[..., Browser]) -> None:
+def test_q5_a_compile_error_is_tried_once_and_told_and_the_last_good_pdf_stays(sign_in: Callable[..., Browser]) -> None:
     person = sign_in()
     document = person.post("/api/documents", {"title": "t", "source": latin("good")}).json["id"]
     assert finished(person, document).json["state"] == "compiled"
@@ -95,6 +108,86 @@ def test_a_compile_error_is_told_and_the_last_good_pdf_stays(sign_in: Callable[.
     page = person.get(f"/documents/{document}/").text
     assert "Undefined control sequence" in page
     assert "Open the PDF of revision 1" in page
+
+
+@pytest.fixture
+def short_lease(servers: Servers) -> Iterator[str]:
+    """Have one LaTeX worker, whose jobs come back soon when it is lost; return its name."""
+    servers.stop("latex.compile")
+    servers.start_worker("latex.compile", DRYDOCK_LEASE_SECONDS="3")
+    yield "latex.compile"
+    if "latex.compile" in servers.processes:
+        servers.stop("latex.compile")
+    servers.start_worker("latex.compile")
+    wait_for("the worker answering", servers.ping)
+
+
+def test_q5_a_compile_whose_worker_is_killed_is_done_by_the_next_one(
+    servers: Servers, sign_in: Callable[..., Browser], short_lease: str
+) -> None:
+    person = sign_in()
+    slow = latin(r"\directlua{local t = os.clock() + 3 while os.clock() < t do end}")
+    document = person.post("/api/documents", {"title": "t", "source": slow}).json["id"]
+    wait_for("the engine running", lambda: "lualatex\n" in survivors(), 60)
+    page = person.get(f"/documents/{document}/").text
+    assert "Being compiled since" in page
+    servers.kill(short_lease)
+    # Nobody was left to end them, but for the kernel.
+    wait_for("every process of the compile being gone", lambda: survivors() == [], 5)
+    left = list((config.load().data_dir / "compile").iterdir())
+    assert len(left) == 1
+
+    servers.start_worker("latex.compile", DRYDOCK_LEASE_SECONDS="3")
+    answer = finished(person, document).json
+    assert (answer["state"], answer["job"]["state"], answer["job"]["attempt"]) == ("compiled", "done", 2), answer
+    assert Revision.objects.get(document=document).pdf_key.endswith("/r1/a2.pdf")
+    assert text_of(person.get(answer["pdf"]["url"]).body).startswith("x")
+    assert not left[0].exists()
+
+
+def test_q5_a_host_that_cannot_compile_is_no_compile_error(monkeypatch: pytest.MonkeyPatch, silent: Document) -> None:
+    monkeypatch.setattr(latex, "PATH", "/nonexistent")
+    revision = silent.revisions.get()
+    tasks.perform(kinds.get(service.COMPILE), claimed(revision))
+    revision.refresh_from_db()
+    assert revision.state == "pending"
+    job = Job.objects.using("core").get(uuid=revision.job_id)
+    assert (job.state, job.deferred) == ("queued", 1)
+    assert "LATEX_ENGINE is lualatex, but latexmk is not installed on this host" in job.reason
+
+
+def test_a_request_that_is_sent_again_makes_nothing_twice(sign_in: Callable[..., Browser]) -> None:
+    person, key = sign_in(), {"Idempotency-Key": "a key"}
+    first, again = (person.post("/api/documents", {"title": "t", "source": latin("1")}, **key) for _ in range(2))
+    assert (first.status, first.body, first.headers["Location"]) == (201, again.body, again.headers["Location"])
+    assert again.status == 201
+    document = first.json["id"]
+    revisions = f"/api/documents/{document}/revisions"
+    second, again = (person.post(revisions, {"source": latin("2")}, **key) for _ in range(2))
+    assert (second.status, again.status, second.json["revision"], second.body) == (201, 201, 2, again.body)
+    assert person.post(revisions, {"source": latin("3")}, **{"Idempotency-Key": "another"}).json["revision"] == 3
+    # Keys are each person's own.
+    staff = sign_in(staff=True)
+    assert staff.post(revisions, {"source": latin("4")}, **key).json["revision"] == 4
+    assert staff.post("/api/documents", {"title": "t", "source": latin("1")}, **key).json["id"] != document
+    # Without a key every request counts.
+    assert [person.post(revisions, {"source": latin("5")}).json["revision"] for _ in range(2)] == [5, 6]
+    refused = person.post(revisions, {"source": latin("7")}, **{"Idempotency-Key": "k" * 101})
+    assert (refused.status, refused.json["code"]) == (400, "INVALID_INPUT")
+
+
+@pytest.mark.parametrize("of_a_document", [False, True])
+def test_requests_of_one_key_that_come_at_once_make_one(sign_in: Callable[..., Browser], of_a_document: bool) -> None:
+    person = sign_in()
+    path, body = "/api/documents", {"title": "t", "source": latin("1")}
+    if of_a_document:
+        path = f"/api/documents/{person.post(path, body).json['id']}/revisions"
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: person.post(path, body, **{"Idempotency-Key": "at once"}), range(6)))
+    assert {answer.status for answer in answers} == {201}
+    assert len({answer.body for answer in answers}) == 1
+    revisions = Revision.objects.filter(document__owner__username=person.name)
+    assert revisions.count() == (2 if of_a_document else 1)
 
 
 def test_documents_are_written_through_the_pages_too(sign_in: Callable[..., Browser]) -> None:
@@ -168,7 +261,7 @@ def send(servers: Servers, body: object) -> Answer:
     return Browser(servers.url, servers.tls).post("/internal/latex/apply", body, **BEARER)
 
 
-def test_an_older_compile_never_overwrites_a_newer_one(servers: Servers, silent: Document) -> None:
+def test_q1_an_older_compile_never_overwrites_a_newer_one(servers: Servers, silent: Document) -> None:
     older, newer = silent.revisions.get(number=1), service.add_revision(silent, "y")
     older_job, newer_job = claimed(older), claimed(newer)
     assert send(servers, report(newer_job)).status == 200
@@ -180,7 +273,7 @@ def test_an_older_compile_never_overwrites_a_newer_one(servers: Servers, silent:
     assert Revision.objects.get(pk=older.pk).state == "pending"
 
 
-def test_a_late_attempt_is_refused(servers: Servers, silent: Document) -> None:
+def test_q1_a_late_attempt_is_refused(servers: Servers, silent: Document) -> None:
     revision = silent.revisions.get()
     first = claimed(revision)
     Job.objects.using("core").filter(uuid=first.uuid).update(lease_until="2020-01-01T00:00Z")
@@ -194,7 +287,7 @@ def test_a_late_attempt_is_refused(servers: Servers, silent: Document) -> None:
     assert revision.pdf_key.endswith("/r1/a2.pdf")
 
 
-def test_a_result_that_is_sent_twice_is_applied_once(servers: Servers, silent: Document) -> None:
+def test_q1_a_result_that_is_sent_twice_is_applied_once(servers: Servers, silent: Document) -> None:
     job = claimed(silent.revisions.get())
     assert [send(servers, report(job)).status for _ in range(2)] == [200, 200]
     assert send(servers, report(job, sha256="cd" * 32)).status == 409
@@ -250,7 +343,7 @@ STALE = (409, "LATEX_JOB_RESULT_INVALID")
         ([(401, "UNAUTHORIZED")], 1, "answered 401 UNAUTHORIZED because"),
     ],
 )
-def test_only_a_stale_result_is_sent_again_and_at_most_eight_times(
+def test_q3_only_a_stale_result_is_sent_again_and_at_most_eight_times(
     answers: tuple[list[tuple[int, str]], list[str]], script: list[tuple[int, str]], requests: int, why: str
 ) -> None:
     answers[0].extend(script)
@@ -262,7 +355,7 @@ def test_only_a_stale_result_is_sent_again_and_at_most_eight_times(
     assert answers[1] == [f"Bearer {TOKEN}"] * requests
 
 
-def test_a_refused_result_fails_the_job_and_keeps_the_reason(
+def test_q3_a_refused_result_fails_the_job_at_once_and_keeps_the_reason(
     answers: tuple[list[tuple[int, str]], list[str]], silent: Document
 ) -> None:
     answers[0].append((503, "MAINTENANCE"))
@@ -275,7 +368,7 @@ def test_a_refused_result_fails_the_job_and_keeps_the_reason(
     assert (job.state, job.reason) == ("failed", revision.reason)
 
 
-def test_a_compile_whose_storage_is_away_is_tried_again(monkeypatch: pytest.MonkeyPatch, silent: Document) -> None:
+def test_q5_a_compile_whose_storage_is_away_is_tried_again(monkeypatch: pytest.MonkeyPatch, silent: Document) -> None:
     def away(*_: object, **__: object) -> None:
         raise EndpointConnectionError(endpoint_url="s3")
 
@@ -297,66 +390,28 @@ def test_a_revision_and_its_job_are_accepted_together_or_not_at_all(silent: Docu
     assert Job.objects.using("core").count() == before
 
 
-# --- Hostile sources --------------------------------------------------------------------------------------------------
+def test_the_page_says_what_a_compile_waits_for(sign_in: Callable[..., Browser], silent: Document) -> None:
+    staff, revision, refresh = sign_in(staff=True), silent.revisions.get(), 'http-equiv="refresh"'
+
+    def page() -> str:
+        return staff.get(f"/documents/{silent.pk}/").text
+
+    assert "Waiting for a worker." in page()
+    job = claimed(revision)
+    assert "Being compiled since" in page()
+    engine.defer(kinds.get(service.COMPILE), job, "the object storage did not take the PDF: it is away")
+    assert "Waiting to be tried again." in page()
+    assert "An earlier try came to nothing: the object storage did not take the PDF: it is away." in page()
+    assert refresh in page()
+    Job.objects.using("core").filter(uuid=job.uuid).update(run_after="2020-01-01T00:00Z")
+    assert "<textarea" not in page()
+    engine.fail(kinds.get(service.COMPILE), claimed(revision), "gave up: it lost its worker 5 times")
+    assert "gave up: it lost its worker 5 times" in page()
+    assert "<textarea" in page()
+    assert refresh not in page()
 
 
-@pytest.fixture
-def short_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    latex.prepare_font_cache()
-    changed = dataclasses.replace(config.load(), latex_compile_timeout_seconds=3.0)
-    monkeypatch.setattr(config, "load", lambda: changed)
-
-
-def survivors() -> list[str]:
-    """Return the processes that still work in a compile's directory."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if str(config.load().data_dir / "compile") in os.readlink(process / "cwd"):
-                found.append((process / "comm").read_text())
-        except OSError:
-            continue
-    return found
-
-
-@pytest.mark.usefixtures("short_compiles")
-def test_a_time_out_kills_the_whole_process_group() -> None:
-    outcomes: list[latex.Outcome] = []
-    thread = threading.Thread(target=lambda: outcomes.append(latex.compile_source(latin(r"\def\x{\x}\x"))))
-    thread.start()
-    wait_for("latexmk and its engine running", lambda: len(survivors()) >= 2, 5)
-    thread.join(10)
-    assert outcomes[0].pdf is None
-    assert outcomes[0].reason == "timed out after 3 s (LATEX_COMPILE_TIMEOUT_MS)"
-    wait_for("every process of the compile being gone", lambda: survivors() == [], 2)
-    assert list((config.load().data_dir / "compile").iterdir()) == []
-
-
-HOSTILE = {
-    "shell escape": r"\immediate\write18{touch escaped.tex}\input{escaped}",
-    "a file of the system": r"\input{/etc/passwd}",
-    "a file of the system, read line by line": r"\newread\f\openin\f=/etc/passwd \ifeof\f\errmessage{refused}\fi",
-    "a file above": r"\input{../../secret}",
-    "Lua: a file of the system": r"\directlua{assert(io.open('/etc/passwd'))}",
-    "Lua: the worker's environment": r"\directlua{assert(io.open('/proc/self/environ'))}",
-    "Lua: a file outside, written": r"\directlua{assert(io.open('/tmp/drydock-test-escaped', 'w'))}",
-    "Lua: a command": r"\directlua{assert(os.execute('true') == 0)}",
-    "endless output": r"\directlua{f = io.open('big', 'w') while true do assert(f:write(string.rep('x', 1e6))) end}",
-    "endless memory": r"\directlua{t = '0123456789' while true do t = t .. t end}",
-}
-
-
-@pytest.mark.usefixtures("short_compiles")
-@pytest.mark.parametrize("what", HOSTILE)
-def test_a_hostile_source_is_a_compile_error(what: str) -> None:
-    (config.load().data_dir / "secret.tex").write_text("secret")
-    outcome = latex.compile_source(latin(HOSTILE[what]))
-    assert outcome.pdf is None, outcome.log
-    ends = ("compile error: ", "timed out ") if what == "endless memory" else "compile error: "
-    assert outcome.reason.startswith(ends), outcome.reason
-    assert "root:" not in outcome.log
-    assert not Path("/tmp/drydock-test-escaped").exists()  # noqa: S108
-    wait_for("every process of the compile being gone", lambda: survivors() == [], 2)
+# --- The engine -------------------------------------------------------------------------------------------------------
 
 
 def test_the_log_that_is_kept_is_bounded() -> None:
@@ -373,3 +428,22 @@ def test_prepare_latex_changes_nothing_twice(servers: Servers, tmp_path: Path) -
     first = servers.drydock("prepare_latex", **changes)
     assert first.stdout == f"changed {cache}\n", first.stderr
     assert servers.drydock("prepare_latex", **changes).stdout == f"unchanged {cache}\n"
+
+
+@pytest.mark.parametrize(
+    ("engine_name", "lacking"),
+    [("lualatex", "latexmk"), ("pdflatex", "latexmk"), ("tectonic", "tectonic")],
+)
+def test_an_engine_that_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine_name: str, lacking: str
+) -> None:
+    changed = dataclasses.replace(config.load(), latex_engine=engine_name, data_dir=tmp_path)
+    monkeypatch.setattr(config, "load", lambda: changed)
+    monkeypatch.setattr(latex, "PATH", "/nonexistent")
+    why = f"LATEX_ENGINE is {engine_name}, but {lacking} is not installed on this host. Install the"
+    with pytest.raises(latex.UnavailableError, match=why):
+        latex.compile_source("x")
+
+
+def test_every_engine_that_can_be_configured_is_known() -> None:
+    assert set(latex.ENGINES) == set(config.LATEX_ENGINES)
