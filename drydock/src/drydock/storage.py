@@ -7,14 +7,14 @@ import boto3
 from botocore.config import Config as ClientConfig
 from botocore.exceptions import ClientError
 
-from drydock import config
+from drydock import config, storage_errors
 
 
 @lru_cache(maxsize=2)
 def client(timeout_seconds: int = 10, attempts: int = 3) -> Any:
     """Return this process's client; boto3's clients are safe to share between threads."""
     settings = config.load()
-    return boto3.client(
+    made = boto3.client(
         "s3",
         endpoint_url=settings.s3_endpoint,
         aws_access_key_id=settings.s3_access_key_id,
@@ -32,6 +32,8 @@ def client(timeout_seconds: int = 10, attempts: int = 3) -> Any:
             response_checksum_validation="when_required",
         ),
     )
+    storage_errors.watch(made)
+    return made
 
 
 def put(key: str, body: Any, *, content_type: str, sha256: str) -> None:
@@ -43,7 +45,7 @@ def put(key: str, body: Any, *, content_type: str, sha256: str) -> None:
 
 def get(key: str) -> Any:
     """Open one object for reading (a stream with `iter_chunks`)."""
-    return client().get_object(Bucket=config.load().s3_bucket, Key=key)["Body"]
+    return storage_errors.watch_body(client().get_object(Bucket=config.load().s3_bucket, Key=key)["Body"])
 
 
 def delete(key: str) -> None:

@@ -17,6 +17,7 @@ urlpatterns = [
     path("health", operations.health),
     path("ready", operations.ready),
     path("webgateway/", operations.webgateway),
+    path("metrics", operations.metrics_page),
     path("internal/ping", operations.ping_all),
     path("internal/ping/<str:queue>", operations.ping_one),
     path("internal/latex/apply", documents.apply_latex_result),

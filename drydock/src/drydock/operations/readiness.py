@@ -1,6 +1,7 @@
 """Is everything there that the platform needs? Each part is asked at the same time, within a few seconds."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -14,6 +15,9 @@ from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.recorder import MigrationRecorder
 
 from drydock import config, storage
+from drydock.jobs import kinds
+from drydock.jobs.metrics import relay_age
+from drydock.jobs.relay import STALLED_SECONDS
 from drydock.operations.broker import connection
 
 logger = logging.getLogger(__name__)
@@ -23,7 +27,11 @@ STATEMENT_TIMEOUT_MS = 2000
 
 
 class MissingError(Exception):
-    """Something is not there; the message says what."""
+    """Something is not there; the message says what. It may be another part than the one that was asked."""
+
+    def __init__(self, message: str, part: str = "") -> None:
+        super().__init__(message)
+        self.part = part
 
 
 def check() -> dict[str, str]:
@@ -45,8 +53,10 @@ def check() -> dict[str, str]:
         if future not in finished:
             missing[part] = f"no answer within {PROBE_TIMEOUT_SECONDS:g} s"
         elif error := future.exception():
-            missing[part] = str(error) if isinstance(error, MissingError) else "the check itself failed; see the log"
-            if not isinstance(error, MissingError):
+            if isinstance(error, MissingError):
+                missing[error.part or part] = str(error)
+            else:
+                missing[part] = "the check itself failed; see the log"
                 logger.error("readiness check of %s failed", part, exc_info=error)
     if missing:
         logger.warning("not ready after %.2f s: %s", time.monotonic() - started, missing)
@@ -71,12 +81,26 @@ def _database(alias: str) -> None:
         if pending:
             names = ", ".join(f"{app}.{name}" for app, name in pending)
             raise MissingError(f"{len(pending)} migrations are pending: {names}")
+        _relay(alias)
     except DatabaseError as error:
         logger.warning("database %s: %s", alias, error)
         raise MissingError(f"it does not answer ({type(error).__name__}); the log has the details") from error
     finally:
         # This thread's own connection; the requests' connections are others.
         database.close()
+
+
+def _relay(alias: str) -> None:
+    """Without a relay jobs are accepted and none is started, which nothing else would show here."""
+    if alias not in kinds.databases():
+        return
+    age = relay_age(alias)
+    if age > STALLED_SECONDS:
+        since = f"has for {age:.0f} s" if math.isfinite(age) else "ever has"
+        raise MissingError(
+            f"no relay {since} made a pass over {alias}: accepted jobs wait. Start `drydock relay`, or read its log",
+            f"relay {alias}",
+        )
 
 
 def _redis() -> None:

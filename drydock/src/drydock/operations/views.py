@@ -6,7 +6,7 @@ from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_GET, require_POST, require_safe
 
 import drydock
-from drydock.operations import broker, readiness
+from drydock.operations import broker, metrics, readiness
 from drydock.operations.auth import internal
 
 
@@ -48,6 +48,14 @@ def ping_one(request: HttpRequest, queue: str) -> HttpResponse:
         known = ", ".join(settings.QUEUES)
         return JsonResponse({"code": "UNKNOWN_QUEUE", "message": f"There are the queues {known}."}, status=404)
     return _ping(request, (queue,))
+
+
+@internal
+@require_GET
+@never_cache
+def metrics_page(_: HttpRequest) -> HttpResponse:
+    """Tell Prometheus everything that is measured."""
+    return HttpResponse(metrics.scrape(), content_type=metrics.CONTENT_TYPE)
 
 
 def _ping(request: HttpRequest, queues: tuple[str, ...]) -> HttpResponse:
