@@ -8,7 +8,7 @@ from browser import Browser
 from platform_servers import Servers
 
 
-@pytest.mark.parametrize("path", ["/login", "/", "/documents/", "/documents/new", "/exports/"])
+@pytest.mark.parametrize("path", ["/login", "/", "/documents/", "/documents/new", "/uploads/", "/exports/"])
 def test_every_page_has_its_security_headers_and_its_style(sign_in: Callable[..., Browser], path: str) -> None:
     page = sign_in().get(path)
     assert page.status == 200

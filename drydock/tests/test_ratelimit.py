@@ -124,9 +124,15 @@ def test_u3_every_way_to_a_major_action_is_limited(servers: Servers, webs: list[
         limited.post("/api/documents", {"title": "two", "source": SOURCE}),
         limited.post(f"/api/documents/{document}/revisions", {"source": SOURCE}),
         limited.post("/api/exports", {}),
+        limited.post("/api/uploads", {}),
+        limited.post("/api/units/any/attempts", {}),
+        limited.post("/api/units/any/photos", {}),
         limited.submit("/documents/new", title="two", source=SOURCE),
         limited.submit(f"/documents/{document}/", source=SOURCE),
         limited.submit("/exports/", format="csv"),
+        limited.submit("/uploads/"),
+        limited.submit("/units/any/attempts"),
+        limited.submit("/units/any/photos"),
     ]
     assert [answer.status for answer in refused] == [429] * len(refused)
     assert Document.objects.get(owner__username=person.name).latest == 1

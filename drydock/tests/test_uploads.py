@@ -20,9 +20,10 @@ from django.db.models import Sum
 from PIL import Image
 
 from browser import Answer, Browser
-from drydock import storage
+from drydock import config, storage
 from drydock.jobs.models import Tally
 from drydock.uploads import service, temporary
+from drydock.uploads.models import Upload
 from platform_servers import Servers, wait_for
 
 Maker = Callable[..., Browser]
@@ -32,8 +33,9 @@ OLD = 2 * 3600
 
 def picture(form: str = "JPEG", size: tuple[int, int] = (64, 48)) -> bytes:
     file = io.BytesIO()
-    random.seed(1)
-    Image.frombytes("RGB", size, random.randbytes(size[0] * size[1] * 3)).save(file, form)  # noqa: S311 - noise, so that it does not compress
+    # Noise, so that it does not compress.
+    noise = random.Random(1).randbytes(size[0] * size[1] * 3)  # noqa: S311
+    Image.frombytes("RGB", size, noise).save(file, form)
     return file.getvalue()
 
 
@@ -230,6 +232,7 @@ def test_a_disk_without_room_is_no_error_of_the_sender(servers: Servers, sign_in
 
 def test_other_code_can_store_files_of_its_own(servers: Servers) -> None:
     assert servers.processes
+    assert set(config.load().upload_max_bytes) == set(Upload.Kind.values)
     upload = service.store(7, "photo", SimpleUploadedFile("leaf.png", picture("PNG"), "image/png"))
     assert upload.sha256 == hashlib.sha256(picture("PNG")).hexdigest()
     assert storage.get(upload.key).read() == picture("PNG")

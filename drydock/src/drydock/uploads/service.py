@@ -19,7 +19,7 @@ from drydock.uploads.temporary import TemporaryUpload
 logger = logging.getLogger(__name__)
 
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PHOTO_PIXELS = 50_000_000
+MAX_PHOTO_PIXELS = 64_000_000
 CONTENT_TYPE = re.compile(r"[a-z0-9.+-]{1,40}/[a-z0-9.+-]{1,59}")
 # Decoded, a photo takes a hundred times its room: one at a time in each process.
 _decoding = threading.Lock()
