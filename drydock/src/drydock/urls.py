@@ -7,6 +7,7 @@ from drydock.accounts import views as accounts
 from drydock.documents import views as documents
 from drydock.exports import views as exports
 from drydock.learning import views as learning
+from drydock.operations import jobs
 from drydock.operations import views as operations
 from drydock.uploads import views as uploads
 
@@ -56,6 +57,8 @@ urlpatterns = [
     path("units/<slug:slug>/photos", learning.photo, name="unit-photo"),
     path("review/", learning.review, name="review"),
     path("review/<uuid:photo_id>", learning.decide, name="review-photo"),
+    path("operations/jobs/", jobs.jobs, name="jobs"),
+    path("operations/jobs/<uuid:job_id>/", jobs.job, name="job"),
 ]
 
 handler400 = "drydock.operations.errors.bad_request"
