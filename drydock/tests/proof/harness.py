@@ -9,6 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from platform_servers import wait_for
 from proof import ledger
 from proof.faults import Faults, ProofServers
 from proof.ledger import Acceptance, Findings, Ledger, quantile
@@ -32,7 +33,10 @@ FULL = {
 }
 # Jobs before the first fault: their delay is the measure for the others'.
 UNDISTURBED = 100
+# So many jobs may be open before more are accepted: else their delay would tell of the queue, not of the faults.
+MOST_OPEN = 100
 TALLIES = "SELECT event, sum(count) FROM jobs_tally WHERE subject = 'proof' GROUP BY event"
+OPEN = "SELECT count(*) FROM proof_request WHERE finished IS NULL"
 DELAYS = "SELECT extract(epoch FROM finished - created)::float FROM proof_request WHERE finished IS NOT NULL"
 
 
@@ -124,6 +128,7 @@ def run(
     shares.append(jobs - undisturbed - sum(shares))
     with ThreadPoolExecutor(1) as background:
         for share, name in zip_longest(shares, order):
+            wait_for("the queue getting shorter", lambda: servers.sql("plugins", OPEN)[0][0] <= MOST_OPEN, wait_seconds)
             enough = len(book.accepted) + rng.randrange(max(1, share))
             accepting = background.submit(acceptance.run, "proof", share, per_second=per_second)
             while len(book.accepted) < enough and not accepting.done():
