@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from django.contrib.auth.hashers import make_password
 from django.db import Error as DatabaseClientError
 from django.db import connections, transaction
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ from drydock.jobs.models import Job, Tally
 from drydock.learning import availability, content, markup, rules, service
 from drydock.learning.models import Attempt, Availability, Photo, Unit
 from drydock.uploads.models import Upload
-from platform_servers import Servers, wait_for
+from platform_servers import PASSWORD, Servers, wait_for
 
 Maker = Callable[..., Browser]
 ANSWERS = {one.slug: one.answers[0] for one in content.COURSE}
@@ -35,6 +36,27 @@ def course(servers: Servers) -> None:
     """Give the demo's units."""
     ended = servers.drydock("demo_content")
     assert (ended.returncode, ended.stdout.split()[0]) == (0, "changed"), ended.stderr
+
+
+@pytest.fixture(scope="module")
+def password(servers: Servers) -> str:
+    """Give the hash of the password that everybody here has: it is slow to make."""
+    assert servers.processes
+    return make_password(PASSWORD)
+
+
+@pytest.fixture
+def sign_in(servers: Servers, password: str) -> Maker:
+    """Give a new person, signed in; made here, because there are many."""
+
+    def make(*, staff: bool = False) -> Browser:
+        browser = Browser(servers.url, servers.tls)
+        browser.name = f"person-{uuid.uuid4().hex[:8]}"
+        User.objects.create(username=browser.name, password=password, is_staff=staff)
+        assert browser.login(browser.name, PASSWORD).url.endswith("/")
+        return browser
+
+    return make
 
 
 def picture(colour: str = "teal") -> bytes:
