@@ -93,10 +93,10 @@ def process_files(contract: Mapping[str, Any], group_names: Sequence[str]) -> li
 
 
 def _own_directories(contract: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The app's three directories, less those that a step declares itself (with another mode, perhaps)."""
-    declared = {directory["path"] for steps in contract["bootstrap"].values() for step in steps for directory in step["directories"]}
+    """The app's three directories, with the mode that a step of any process declares: whichever starts first makes them."""
+    declared = {entry["path"]: entry["mode"] for steps in contract["bootstrap"].values() for step in steps for entry in step["directories"]}
     paths = [contract["paths"][name] for name in ("state", "log", "run")]
-    return [{"path": path, "mode": "0750"} for path in paths if path not in declared]
+    return [{"path": path, "mode": declared.get(path, "0750")} for path in paths]
 
 
 def bootstrap_steps(contract: Mapping[str, Any], process: str) -> list[dict[str, Any]]:

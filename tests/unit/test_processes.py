@@ -147,10 +147,12 @@ def test_a_health_check_over_tls_is_verified() -> None:
     assert (entries["pier-secure"]["url"], entries["pier-secure"]["ca"]) == ("https://10.0.0.3:1/h", "/etc/evenkeel/pki/ca.crt")
 
 
-def test_a_declared_directory_is_made_once() -> None:
-    first, own = processes.bootstrap_steps(CONTRACT, "web")
-    assert [directory["path"] for directory in first["directories"]] == ["/var/lib/pier", "/var/log/pier"]
-    assert own["directories"] == [{"path": "/run/pier", "mode": "0755"}]
+def test_whichever_process_starts_first_makes_the_apps_directories_as_a_step_declares_them() -> None:
+    for name in CONTRACT["processes"]:
+        first = processes.bootstrap_steps(CONTRACT, name)[0]
+        assert [(directory["path"], directory["mode"]) for directory in first["directories"]] == [
+            ("/var/lib/pier", "0750"), ("/var/log/pier", "0750"), ("/run/pier", "0755"),
+        ]  # fmt: skip
 
 
 def test_health_services_of_a_host_and_those_it_waits_for() -> None:
