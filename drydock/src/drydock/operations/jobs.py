@@ -125,13 +125,13 @@ def described(job: Job) -> dict[str, Any]:
         "database": job._state.db,
         "age": span((now - job.created).total_seconds()),
         "started": f"{span((now - job.started).total_seconds())} ago" if job.started else "not yet",
-        "next": "; ".join(_next(job, now)),
+        "now": "; ".join(_now(job, now)),
         "attempts": f"{job.attempt - job.deferred} of {job.max_attempts}",
     }
 
 
-def _next(job: Job, now: datetime) -> Iterator[str]:
-    """Say what happens next to a job that is not over, or when it ended."""
+def _now(job: Job, now: datetime) -> Iterator[str]:
+    """Say what a job waits for, or when it ended."""
     if job.state == Job.State.QUEUED:
         seconds = (job.run_after - now).total_seconds()
         yield f"runs in {span(seconds)}" if seconds > 0 else f"due for {span(-seconds)}"
