@@ -20,12 +20,12 @@ from drydock.documents import latex, sandbox
 from platform_servers import Servers, wait_for
 from test_documents import finished, latin, survivors
 
-TIMEOUT_SECONDS = 5.0
+TIMEOUT_SECONDS = 60.0
 
 
 @pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Compile in this process, with little time; return what changes the configuration further."""
+def configured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Compile in this process, with time enough for what ends by itself; return what changes the configuration."""
 
     def change(**changes: Any) -> None:
         changed = dataclasses.replace(config.load(), **changes)
@@ -84,46 +84,59 @@ HOSTILE = {
         lua("for i = 1, 20000 do io.open('f' .. i, 'w'):close() end"), "it made more than 5000 files"),
     "deep directories": (
         lua("for i = 1, 6000 do lfs.mkdir('d') lfs.chdir('d') end while true do end"),
-        "directories that cannot be read|more than 5000 files"),
-    "endless pages": (latin(r"\loop\hbox{x}\newpage\iftrue\repeat"), "timed out|grew over"),
-    "an endless log": (latin(r"\loop\message{xxxxxxxxxxxxxxxxxxxxxxxxxxxx}\iftrue\repeat"), "timed out|grew over"),
-    "endless memory": (lua("t = '0123456789' while true do t = t .. t end"), "not enough memory|timed out|of memory"),
+        "directories that are too deep"),
     "deep recursion": (latin(r"\def\x{\x x}\x"), "TeX capacity exceeded"),
     "deep groups": (latin(r"\def\x{\begingroup\x}\x"), "TeX capacity exceeded"),
     "Lua: deep recursion": (lua("local function f(n) return f(n + 1) + 1 end f(1)"), "stack overflow"),
-    "an endless loop": (latin(r"\def\x{\x}\x"), "timed out after 5 s"),
 }  # fmt: skip
+ENDLESS = {
+    "loop": (latin(r"\def\x{\x}\x"), "timed out after 4 s"),
+    "pages": (latin(r"\loop\hbox{x}\newpage\iftrue\repeat"), "timed out|grew over"),
+    "log": (latin(r"\loop\message{xxxxxxxxxxxxxxxxxxxxxxxxxxxx}\iftrue\repeat"), "timed out|grew over"),
+    "memory": (lua("t = '0123456789' while true do t = t .. t end"), "not enough memory|timed out|of memory"),
+}
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_q2_a_hostile_source_is_a_compile_error_or_a_time_out(what: str) -> None:
+def test_q2_a_hostile_source_is_a_compile_error(what: str) -> None:
     source, why = HOSTILE[what]
     (config.load().data_dir / "secret.tex").write_text("secret")
     outcome = latex.compile_source(source)
     assert outcome.pdf is None, outcome.log
-    assert outcome.reason.startswith(("compile error: ", "timed out ")), outcome.reason
+    assert outcome.reason.startswith("compile error: "), outcome.reason
     assert re.search(why, outcome.reason + outcome.log), (outcome.reason, outcome.log)
     assert "root:" not in outcome.log
     assert not Path("/tmp/drydock-test-escaped").exists()  # noqa: S108
 
 
+@pytest.mark.parametrize("what", ENDLESS)
+def test_q2_an_endless_source_is_a_time_out_if_no_other_limit_ends_it(
+    what: str, configured: Callable[..., None]
+) -> None:
+    configured(latex_compile_timeout_seconds=4.0)
+    source, why = ENDLESS[what]
+    outcome = latex.compile_source(source)
+    assert outcome.pdf is None
+    assert re.search(why, outcome.reason), outcome
+
+
 @pytest.mark.parametrize("what", ["shell escape", "a file of the system", "a file above", "deep recursion"])
-def test_q2_the_same_holds_for_pdflatex(what: str, hurried: Callable[..., None]) -> None:
-    hurried(latex_engine="pdflatex")
+def test_q2_the_same_holds_for_pdflatex(what: str, configured: Callable[..., None]) -> None:
+    configured(latex_engine="pdflatex")
     outcome = latex.compile_source(HOSTILE[what][0])
     assert outcome.reason.startswith("compile error: "), outcome
     assert "root:" not in outcome.log
 
 
-def test_q2_a_time_out_kills_the_whole_process_group(hurried: Callable[..., None]) -> None:
-    hurried(latex_compile_timeout_seconds=3.0)
+def test_q2_a_time_out_kills_the_whole_process_group(configured: Callable[..., None]) -> None:
+    configured(latex_compile_timeout_seconds=10.0)
     outcomes: list[latex.Outcome] = []
     thread = threading.Thread(target=lambda: outcomes.append(latex.compile_source(latin(r"\def\x{\x}\x"))))
     thread.start()
-    wait_for("latexmk and its engine running", lambda: {"latexmk\n", "lualatex\n"} <= set(survivors()), 5)
-    thread.join(10)
+    wait_for("latexmk and its engine running", lambda: {"latexmk\n", "lualatex\n"} <= set(survivors()), 10)
+    thread.join(30)
     assert outcomes[0].pdf is None
-    assert outcomes[0].reason == "timed out after 3 s (LATEX_COMPILE_TIMEOUT_MS)"
+    assert outcomes[0].reason == "timed out after 10 s (LATEX_COMPILE_TIMEOUT_MS)"
 
 
 def test_a_document_cannot_read_what_is_being_compiled_beside_it() -> None:
@@ -139,7 +152,7 @@ def test_a_document_cannot_read_what_is_being_compiled_beside_it() -> None:
 
 def test_the_worker_lives_on_and_compiles_the_next_document(sign_in: Callable[..., Browser]) -> None:
     person = sign_in()
-    for what in ("10 GB in many files", "many files", "endless memory", "Lua: a link in place of the PDF"):
+    for what in ("10 GB in many files", "many files", "deep recursion", "Lua: a link in place of the PDF"):
         source, why = HOSTILE[what]
         document = person.post("/api/documents", {"title": what, "source": source}).json["id"]
         answer = finished(person, document).json
@@ -155,9 +168,9 @@ def test_the_worker_lives_on_and_compiles_the_next_document(sign_in: Callable[..
 
 
 @pytest.fixture
-def subverted(monkeypatch: pytest.MonkeyPatch, hurried: Callable[..., None]) -> None:
+def subverted(monkeypatch: pytest.MonkeyPatch, configured: Callable[..., None]) -> None:
     """Let documents be Perl: what a source can do once it has got hold of the engine."""
-    assert hurried
+    assert configured
     monkeypatch.setitem(latex.ENGINES, "lualatex", (("perl", "-w"), {"perl": "the Debian package perl"}))
 
 
@@ -231,7 +244,7 @@ def test_what_a_document_leaves_running_is_ended_with_it() -> None:
 @pytest.mark.usefixtures("subverted")
 def test_directories_that_are_closed_and_deep_are_removed_too() -> None:
     outcome = perl("mkdir 'a'; mkdir 'a/b'; chmod 0, 'a/b'; chmod 0, 'a'; for (1 .. 1500) { mkdir 'd'; chdir 'd' }")
-    assert outcome.pdf == b"%PDF-" or "cannot be read" in outcome.reason
+    assert outcome.reason in ("", "compile error: it made directories that are too deep"), outcome
 
 
 def test_the_number_of_processes_is_bounded_by_the_kernel_too(servers: Servers) -> None:

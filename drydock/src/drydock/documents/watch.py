@@ -10,6 +10,7 @@ MEGABYTE = 1024 * 1024
 MAX_FILE_BYTES = 64 * MEGABYTE
 MAX_OUTPUT_BYTES = 256 * MEGABYTE
 MAX_FILES = 5000
+MAX_PATH_CHARACTERS = 1000
 MAX_MEMORY_BYTES = 2048 * MEGABYTE
 MAX_PROCESSES = 32
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -60,6 +61,8 @@ def _files(work: Path) -> Iterator[os.stat_result]:
     while directories:
         try:
             for entry in os.scandir(directories.pop()):
+                if len(entry.path) - len(str(work)) > MAX_PATH_CHARACTERS:
+                    raise ExcessError("it made directories that are too deep")
                 with contextlib.suppress(FileNotFoundError):
                     yield entry.stat(follow_symlinks=False)
                     if entry.is_dir(follow_symlinks=False):
