@@ -284,7 +284,7 @@ def test_a_run_that_somebody_kills_is_told_from_one_that_failed(servers: Servers
         run_id = start(client)
         os.kill(pid_of(client, run_id), signal.SIGKILL)
         run = over(client, run_id)
-    assert (run["state"], run["reason"]) == ("killed", "its process was ended by SIGKILL")
+    assert (run["state"], run["reason"]) == ("lost", "its process was ended by SIGKILL")
     client.stop(run_id)
     failed = client.start("export", {}, job=str(uuid.uuid4()), attempt=1)
     run = over(client, failed)

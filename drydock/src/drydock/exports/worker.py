@@ -25,7 +25,7 @@ DISABLED = "script processors are disabled (omero.scripts.processors=0): exports
 POLL_SECONDS = 1.0
 RENEWAL_SECONDS = 3.0
 # A processor that is silent for so long is lost, and the run with it.
-SILENCE_SECONDS = 5.0
+SILENCE_SECONDS = 20.0
 MAX_RUNS_LOST = 5
 
 
@@ -50,13 +50,11 @@ def start(export: Export, job: Job) -> tuple[Client, str]:
     settings = config.load()
     if settings.script_processors == 0:
         raise engine.Failure(DISABLED)
-    parameters = {
-        "owner": export.owner_id,
-        "format": export.format,
-        "key": f"exports/{export.pk}/a{job.attempt}.{export.format}",
-    }
-    why = []
-    for url in random.sample(settings.processor_urls, len(settings.processor_urls)):
+    why: list[str] = []
+    for number, url in enumerate(random.sample(settings.processor_urls, len(settings.processor_urls)), start=1):
+        # A processor whose answer was lost may be at work all the same: no two runs share a key.
+        key = f"exports/{export.pk}/a{job.attempt}-{number}.{export.format}"
+        parameters = {"owner": export.owner_id, "format": export.format, "key": key}
         client = Client(url, settings.internal_token, settings.platform_ca_file)
         try:
             return client, client.start(EXPORT, parameters, job=str(job.uuid), attempt=job.attempt)
@@ -96,7 +94,7 @@ def result_of(run: dict[str, Any], export: Export) -> dict[str, Any]:
         return dict(run["result"])
     if state == State.TIMED_OUT:
         raise engine.Failure(kinds.get(service.EXPORT).time_limit_reason)
-    if state == State.KILLED:
+    if state == State.LOST:
         raise lost(export, f"the run was lost: {reason}")
     if state == State.STOPPED or run["again"]:
         raise engine.Again(reason)

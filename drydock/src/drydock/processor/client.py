@@ -18,13 +18,16 @@ TIMEOUT_SECONDS = 8.0
 
 
 class State(StrEnum):
-    """Where a run can be. `killed`: by somebody else, such as the kernel; `stopped`: on request, or at the shutdown."""
+    """Where a run can be.
+
+    `lost`: killed by somebody else, such as the kernel, or never begun; `stopped`: on request, or at the shutdown.
+    """
 
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
     TIMED_OUT = "timed out"
-    KILLED = "killed"
+    LOST = "lost"
     STOPPED = "stopped"
 
 

@@ -161,10 +161,10 @@ class Runs:
             job_file(run.file_name).update(progress=0)
             run.state, run.reason = self._execute(run)
         except (OSError, JobFileError) as error:
-            run.state, run.reason = State.FAILED, f"the script processor could not run it: {error}"
+            run.state, run.reason = State.LOST, f"the script processor could not run it: {error}"
         except Exception as error:
             logger.exception("run %s", run.id)
-            run.state, run.reason = State.FAILED, f"the script processor could not run it: {type(error).__name__}"
+            run.state, run.reason = State.LOST, f"the script processor could not run it: {type(error).__name__}"
         finally:
             run.ended = time.monotonic()
             run.over.set()
@@ -190,7 +190,7 @@ class Runs:
         if run.stopping:
             return State.STOPPED, "the script processor was stopped" if self.closed else "it was stopped"
         if run.process.returncode < 0:
-            return State.KILLED, f"its process was ended by {signal.Signals(-run.process.returncode).name}"
+            return State.LOST, f"its process was ended by {signal.Signals(-run.process.returncode).name}"
         return State.FAILED, note.get("reason") or f"its process ended with status {run.process.returncode}"
 
 

@@ -81,7 +81,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     server: Server
     server_version = "drydock-processor"
-    timeout = 30
+    # Of a client that says nothing: a shutdown waits for those, too.
+    timeout = 5
 
     def _answer(self) -> None:
         try:
