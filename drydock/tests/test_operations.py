@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -92,6 +93,21 @@ def test_ready_names_pending_migrations(servers: Servers) -> None:
     assert "exports.0001_initial" in missing["database plugins"]
 
 
+def test_o4_ready_names_a_missing_relay(servers: Servers, anybody: Browser) -> None:
+    servers.stop("relay")
+    try:
+        # As if it had been gone for a while.
+        servers.sql("plugins", "UPDATE jobs_heartbeat SET at = now() - interval '31 seconds'")
+        answer = anybody.get("/ready")
+        assert (answer.status, list(answer.json["missing"])) == (503, ["relay plugins"])
+        assert "no relay has for 31 s made a pass over plugins" in answer.json["missing"]["relay plugins"]
+        servers.sql("plugins", "DELETE FROM jobs_heartbeat")
+        assert "no relay ever has made a pass" in anybody.get("/ready").json["missing"]["relay plugins"]
+    finally:
+        servers.start_relay()
+    wait_for("the relay being there again", lambda: anybody.get("/ready").status == 200)
+
+
 def test_ready_answers_in_time_when_nothing_else_does(servers: Servers) -> None:
     with socket.create_server(("127.0.0.1", 0)) as black_hole:
         port = black_hole.getsockname()[1]
@@ -168,3 +184,104 @@ def test_logs_are_one_json_object_a_line(servers: Servers, anybody: Browser) -> 
     wait_for("the access log", lambda: "GET /webgateway/ status=200" in servers.log("web"))
     assert "not-for-the-log" not in servers.log("web")
     assert all(json.loads(line)["message"] for line in servers.log("web").splitlines())
+
+
+# --- The operators' view of jobs --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def waiting(servers: Servers) -> Iterator[dict[str, str]]:
+    """Two jobs of a request, one on each database, that wait for an hour: what their kinds would do is of no matter."""
+    request, ids = f"request-{uuid.uuid4().hex[:12]}", {}
+    for database, state, reason in (("core", "failed", "<b>broken</b>"), ("plugins", "queued", "nobody is free")):
+        ids[database] = str(uuid.uuid4())
+        servers.sql(
+            database,
+            "INSERT INTO jobs_job (uuid, kind, queue, payload, state, attempt, deferred, max_attempts, run_after,"
+            " bell_after, idempotency_key, request_id, reason) VALUES (%s, %s, %s, '{\"what\": 1}', %s, 3, 2, 5,"
+            " now() + interval '1 hour', now() + interval '1 hour', %s, %s, %s)",
+            ids[database], f"test-{database}", f"test-{database}", state, ids[database], request, reason,
+        )  # fmt: skip
+    yield {**ids, "request": request}
+    for database in ("core", "plugins"):
+        servers.sql(database, "DELETE FROM jobs_job WHERE uuid = %s", ids[database])
+
+
+def test_only_staff_see_jobs(
+    anybody: Browser, sign_in: Callable[..., Browser], waiting: dict[str, str], servers: Servers
+) -> None:
+    paths = ("/operations/jobs/", f"/operations/jobs/{waiting['plugins']}/")
+    learner, operator = sign_in(), sign_in(staff=True)
+    for path in paths:
+        assert "/login?next=" in anybody.get(path).url
+        assert learner.get(path).status == 404
+        assert operator.get(path).status == 200
+    assert learner.submit(paths[1]).status == 404
+    assert servers.sql("plugins", "SELECT run_after > now() FROM jobs_job WHERE uuid = %s", waiting["plugins"]) == [
+        (True,)
+    ]
+    assert "/operations/jobs/" not in learner.get("/").text
+    assert "/operations/jobs/" in operator.get("/").text
+
+
+def test_jobs_of_both_databases_are_listed_and_filtered(
+    sign_in: Callable[..., Browser], waiting: dict[str, str]
+) -> None:
+    operator = sign_in(staff=True)
+
+    def shown(query: str) -> list[str]:
+        page = operator.get(f"/operations/jobs/?request={waiting['request']}{query}").text
+        places = {name: page.find(f"/operations/jobs/{waiting[name]}/") for name in ("core", "plugins")}
+        return sorted((name for name, place in places.items() if place >= 0), key=lambda name: places[name])
+
+    assert shown("") == ["plugins", "core"]
+    assert shown("&order=oldest") == ["core", "plugins"]
+    assert shown("&state=failed") == ["core"]
+    assert shown("&queue=test-plugins") == ["plugins"]
+    assert shown("&kind=test-core") == ["core"]
+    assert shown("&state=done") == []
+    page = operator.get(f"/operations/jobs/?request={waiting['request']}").text
+    assert "&lt;b&gt;broken&lt;/b&gt;" in page
+    for fact in ("nobody is free", "runs in 59 min", "1 of 5, deferred 2×", waiting["request"]):
+        assert fact in page
+
+
+def test_a_waiting_job_can_be_run_now_and_another_one_cannot(
+    sign_in: Callable[..., Browser], servers: Servers, waiting: dict[str, str]
+) -> None:
+    operator = sign_in(staff=True)
+    page = operator.get(f"/operations/jobs/{waiting['plugins']}/")
+    for fact in (waiting["plugins"], waiting["request"], "nobody is free", "&quot;what&quot;: 1", "Run again now"):
+        assert fact in page.text
+    answer = operator.submit(f"/operations/jobs/{waiting['plugins']}/")
+    assert answer.status == 200
+    assert "due for" in answer.text
+    due = "SELECT run_after <= now() AND bell_after <= now() AND bells = 0 FROM jobs_job WHERE uuid = %s"
+    assert servers.sql("plugins", due, waiting["plugins"]) == [(True,)]
+    over = operator.get(f"/operations/jobs/{waiting['core']}/")
+    assert "Run again now" not in over.text
+    refused = operator.submit(f"/operations/jobs/{waiting['core']}/")
+    assert refused.status == 409
+    assert "does not wait any more" in refused.text
+    assert operator.get(f"/operations/jobs/{uuid.uuid4()}/").status == 404
+
+
+def test_the_list_names_a_database_that_is_away(servers: Servers, sign_in: Callable[..., Browser]) -> None:
+    operator = sign_in(staff=True)
+    servers.start_web("web-alone", DATABASE_PLUGINS_URL=f"postgresql://x@localhost:{free_port()}/x")
+    operator.base = f"https://localhost:{servers.ports['web-alone']}"
+    wait_for("the web tier", lambda: operator.get("/health"))
+    page = operator.get("/operations/jobs/")
+    servers.stop("web-alone")
+    assert page.status == 200
+    assert "The database “plugins” does not answer" in page.text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-1, "0 s"), (0.4, "0 s"), (59, "59 s"), (60, "1 min"), (3725, "1 h 2 min"), (90061, "1 d 1 h")],
+)
+def test_times_are_short(seconds: float, text: str) -> None:
+    from drydock.operations.jobs import span
+
+    assert span(seconds) == text
