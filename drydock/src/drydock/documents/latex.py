@@ -5,6 +5,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -40,6 +41,7 @@ ENGINES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     ),
 }
 PATH = "/usr/local/bin:/usr/bin:/bin"
+NOISE = ("LaTeX Font Info:", "luaotfload |", "Lua module:", "Lua-only attribute", "Inserting `")
 WATCH_SECONDS = 0.2
 # Processes beyond those that the user runs anyway: the last resort. The watch ends a compile of far fewer.
 SPARE_PROCESSES = 1000
@@ -240,8 +242,8 @@ def _pdf(path: Path) -> bytes:
 
 def _log(work: Path) -> str:
     log = _tail(work / "main.log", 4 * MAX_LOG_CHARACTERS) or _tail(work / ".output", MAX_LOG_CHARACTERS)
-    # Hundreds of lines about fonts hide the few that an author looks for.
-    lines = [line for line in log.splitlines() if not line.startswith("LaTeX Font Info:")]
+    # Hundreds of lines about fonts and modules hide the few that an author looks for.
+    lines = [line for line in log.replace(str(work), ".").splitlines() if not line.startswith(NOISE)]
     return "\n".join(lines)[-MAX_LOG_CHARACTERS:]
 
 
@@ -256,6 +258,11 @@ def _tail(path: Path, length: int) -> str:
 def _first_error(log: str) -> str:
     """Return the line that the author needs to see."""
     beginnings = ("! ", "./main.tex:", "main.tex:", "[\\directlua]")
-    errors = [line.strip()[:300] for line in log.splitlines() if line.startswith(beginnings)]
-    # "Fatal error occurred" only repeats that there was one.
-    return next((line for line in errors if "==> Fatal error" not in line), "the engine made no PDF")
+    lines = log.splitlines()
+    for number, line in enumerate(lines):
+        # "Fatal error occurred" only repeats that there was one.
+        if line.startswith(beginnings) and "==> Fatal error" not in line:
+            # TeX shows the place a few lines below: "l.12 what was read so far".
+            place = next((below for below in lines[number + 1 : number + 10] if re.match(r"l\.\d+ ", below)), "")
+            return f"{line.removeprefix('./')} {place}".strip()[:400]
+    return "the engine made no PDF"
