@@ -36,7 +36,8 @@ def compile_latex(job: Job) -> None:
         outcome = latex.compile_source(revision.source)
     except (latex.UnavailableError, OSError) as error:
         # It is this host that cannot compile, not the source: perhaps another one can, or this one soon.
-        raise engine.Again(f"this worker cannot compile now: {error}") from error
+        logger.warning("this host cannot compile: %s", error)
+        raise engine.Again(f"this worker cannot compile now: {error}".splitlines()[0]) from error
     report: dict[str, Any] = {"job": str(job.uuid), "attempt": job.attempt, "log": outcome.log}
     if outcome.pdf is None:
         report |= {"succeeded": False, "reason": outcome.reason}
