@@ -111,8 +111,9 @@ def test_o4_everything_is_there_before_anything_has_happened(anybody: Browser, k
 
 def test_o1_the_figures_of_jobs_are_right_and_outlive_them(kind: Kind) -> None:
     ago = engine._from_now
-    accept(kind, created=ago(-500), run_after=ago(-400), bell_after=ago(3600))
     accept(kind, created=ago(-50), run_after=ago(600), bell_after=ago(600))
+    assert value(own(), "drydock_jobs_oldest_due_age_seconds", kind=kind.name, queue=kind.queue) == 0
+    accept(kind, created=ago(-500), run_after=ago(-400), bell_after=ago(3600))
     done, failed, running = (accept(kind, bell_after=ago(3600)) for _ in range(3))
     for job in (done, failed, running):
         assert engine.claim(kind, job.uuid)
