@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from django.db import connections, transaction
 
 from browser import Answer, Browser
 from drydock import config, storage
@@ -113,6 +114,26 @@ def test_an_export_that_is_asked_for_twice_is_made_once(author: Browser) -> None
     made = Export.objects.filter(request_key=key["Idempotency-Key"])
     assert [str(export.pk) for export in made] == [answers[0].json["id"]]
     over(author, answers[0].headers["Location"])
+
+
+def test_two_wishes_at_the_same_moment_are_one_export(servers: Servers, unheard: None) -> None:
+    assert unheard is None
+    key = str(uuid.uuid4())
+    others: list[Export] = []
+
+    def ask() -> None:
+        others.append(service.request_export(1, "csv", key))
+        connections.close_all()
+
+    other = threading.Thread(target=ask)
+    with transaction.atomic(using="plugins"):
+        mine = service.request_export(1, "csv", key)
+        other.start()
+        # The other has found nothing, and is held up by what is not committed yet.
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query ~ '^INSERT'"
+        wait_for("the other's wish", lambda: servers.sql("plugins", waiting))
+    other.join()
+    assert [export.pk for export in others] == [mine.pk]
 
 
 def test_a_key_is_its_owners_and_must_be_one(author: Browser, sign_in: Callable[..., Browser]) -> None:
