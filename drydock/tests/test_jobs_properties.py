@@ -134,12 +134,6 @@ class Jobs(RuleBasedStateMachine):
         self.known[job.uuid] = Known(self.row(job.uuid) or {})
         return job.uuid
 
-    @rule()
-    def accept_and_roll_back(self) -> None:
-        with transaction.atomic(using="plugins"):
-            engine.accept(self.kind.name, {}, idempotency_key=uuid.uuid4().hex)
-            transaction.set_rollback(True, using="plugins")
-
     @rule(target=held, job=jobs, worker=st.sampled_from(["w1", "w2"]))
     def claim(self, job: uuid.UUID, worker: str) -> Any:
         row = self.row(job)
@@ -207,6 +201,17 @@ class Jobs(RuleBasedStateMachine):
         last = held.job.deferred >= self.kind.max_deferrals
         if self.fenced(held, lambda: engine.defer(self.kind, held.job, "not now")):
             self.counts["dead" if last else "deferred"] += 1
+
+    @rule(target=held, held=held, late_move=st.sampled_from(["finish", "finish_and_crash", "fail", "defer"]))
+    def overtake(self, held: Held, late_move: str) -> Any:
+        """The lease runs out, another worker gets the job, and the first one, which does not know, makes a move."""
+        self.time_passes(31)
+        self.reap()
+        self.each_step_was_allowed()
+        taken = self.claim(held.job.uuid, "w3")
+        self.each_step_was_allowed()
+        getattr(self, late_move)(held)
+        return taken
 
     @rule(held=consumes(held))
     def die(self, held: Held) -> None:
@@ -351,11 +356,6 @@ def alone(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_q8_the_promises_hold_in_every_order_of_moves() -> None:
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
     chosen = settings(
-        max_examples=5,
-        stateful_step_count=20,
-        phases=[Phase.generate],
-        deadline=None,
-        database=None,
-        suppress_health_check=checks,
+        max_examples=25, stateful_step_count=40, deadline=None, database=None, suppress_health_check=checks
     )
     run_state_machine_as_test(Jobs, settings=chosen)

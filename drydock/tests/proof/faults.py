@@ -74,8 +74,9 @@ class ProofServers(Servers):
 class Faults:
     """What goes wrong. Each method is one fault: it happens at once; its victim is started again, as systemd would."""
 
-    def __init__(self, servers: ProofServers, rng: random.Random) -> None:
-        self.servers, self.rng = servers, rng
+    def __init__(self, servers: ProofServers, seed: int = 1) -> None:
+        self.servers = servers
+        self.rng = random.Random(seed)  # noqa: S311 - the same seed makes the same choices
         self.counts: Counter[str] = Counter()
         self.sigkilled = 0
         self.frozen: set[str] = set()
