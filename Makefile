@@ -49,6 +49,12 @@ lint: setup ## ansible-lint (production), yamllint, ruff, mypy
 unit: setup ## the fast tests that need no host
 	@python -m pytest tests/unit
 
+proof: ## 4,000 accepted jobs while workers, broker, databases and web are killed: none lost, none done twice (about 5 minutes)
+	@bin/proof
+
+bench: ## the job engine beside plain Celery: jobs in a second, delay from acceptance to start
+	@bin/bench
+
 docs: setup ## write docs/reference from the roles' specs
 	@python docs/generate.py
 
@@ -58,4 +64,4 @@ lock: setup ## resolve requirements.lock again from pyproject.toml
 clean: ## stop and remove every lab host (processes, mounts, bridges, nft rules); keeps secrets, releases and caches
 	@$(SUDO) python3 roles/lab/files/lab.py down --all "$(EVENKEEL_STATE)"
 
-.PHONY: help setup demo lab lab-down test lint unit docs lock clean
+.PHONY: help setup demo lab lab-down test lint unit proof bench docs lock clean

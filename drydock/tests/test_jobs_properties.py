@@ -213,6 +213,14 @@ class Jobs(RuleBasedStateMachine):
         getattr(self, late_move)(held)
         return taken
 
+    @rule(target=held, held=held)
+    def defer_and_take_again(self, held: Held) -> Any:
+        """What was put back on purpose is taken again, and has as many lives as before."""
+        self.defer(held)
+        self.time_passes(100)
+        self.each_step_was_allowed()
+        return self.claim(held.job.uuid, "w3")
+
     @rule(held=consumes(held))
     def die(self, held: Held) -> None:
         """A worker is killed: nobody makes its moves any more."""

@@ -17,7 +17,7 @@ WORK_MS = (5, 20)
 
 def request(owner_id: int, key: str | None, *, work_ms: float | None = None, fails: bool = False) -> Request:
     """Record a request and its job; the same key again gives the same request."""
-    work_ms = random.uniform(*WORK_MS) if work_ms is None else work_ms  # noqa: S311
+    work_ms = random_work_ms() if work_ms is None else work_ms
     try:
         with transaction.atomic(using="plugins"):
             made = Request.objects.create(owner_id=owner_id, request_key=key)
@@ -29,6 +29,11 @@ def request(owner_id: int, key: str | None, *, work_ms: float | None = None, fai
             raise
         return Request.objects.get(owner_id=owner_id, request_key=key)
     return made
+
+
+def random_work_ms() -> float:
+    """Return how long a short job works."""
+    return random.uniform(*WORK_MS)  # noqa: S311
 
 
 def work(payload: dict[str, Any]) -> float:
