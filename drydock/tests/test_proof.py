@@ -115,7 +115,7 @@ def after_lost_bells(platform: ProofServers, book: Ledger) -> Findings:
     finally:
         for name in platform.workers:
             platform.start_worker("proof", name=name)
-    return ledger.check(person, book, wait_seconds=45)
+    return ledger.check(person, book, wait_seconds=30)
 
 
 @pytest.fixture
