@@ -183,7 +183,7 @@ def _describe_photo(photo: Photo) -> dict[str, Any]:
 def units(request: HttpRequest) -> HttpResponse:
     """Show all units: open, locked with what they need, or passed."""
     found = service.standings(user_of(request))
-    context = {"section": "units", "standings": found, "waiting": any(one.opening for one in found)}
+    context = {"standings": found, "waiting": any(one.opening for one in found)}
     return render(request, "learning/units.html", context)
 
 
@@ -245,7 +245,7 @@ def decide(request: HttpRequest, photo_id: UUID) -> HttpResponse:
     except Photo.DoesNotExist:
         raise Http404("There is no such photo.") from None
     except DecidedError as error:
-        context = {"section": "review", "message": str(error)}
+        context = {"message": str(error)}
         return render(request, "learning/decided.html", context, status=409)
     except service.InvalidInputError as error:
         return _review_page(request, photo_id, str(error))
@@ -260,7 +260,7 @@ def _standing(request: HttpRequest, slug: str) -> Standing:
 
 
 def _unit_page(request: HttpRequest, found: Standing, status: int = 400, **errors: str) -> HttpResponse:
-    context: dict[str, Any] = {"section": "units", "standing": found, "unit": found.unit}
+    context: dict[str, Any] = {"standing": found, "unit": found.unit}
     if not found.open:
         return render(request, "learning/locked.html", context, status=403)
     user = user_of(request)
@@ -278,7 +278,6 @@ def _unit_page(request: HttpRequest, found: Standing, status: int = 400, **error
 
 def _review_page(request: HttpRequest, refused: UUID | None = None, error: str = "") -> HttpResponse:
     context = {
-        "section": "review",
         "photos": list(photos_in(Photo.State.SUBMITTED)[:LISTED]),
         "refused": refused,
         "error": error,

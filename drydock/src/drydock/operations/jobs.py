@@ -68,7 +68,7 @@ def jobs(request: HttpRequest) -> HttpResponse:
     found.sort(key=lambda job: job.created, reverse=not oldest_first)
     states = {state: sum(n for key, n in counts.items() if key[0] == state) for state in Job.State.values}
     context = {
-        "section": "jobs", "wanted": wanted, "oldest_first": oldest_first, "silent": silent, "states": states,
+        "wanted": wanted, "oldest_first": oldest_first, "silent": silent, "states": states,
         "rows": [described(job) for job in found[:LISTED]],
         "total": states.get(wanted["state"], 0) if wanted["state"] else sum(states.values()),
         "kinds": sorted({kind.name for kind in kinds.every()} | {kind for _, kind, _ in counts}),
@@ -98,7 +98,7 @@ def job(request: HttpRequest, job_id: UUID) -> HttpResponse:
 
 def _page(shown: Job) -> dict[str, Any]:
     payload = json.dumps(shown.payload, indent=2, ensure_ascii=False)
-    return {"section": "jobs", "row": described(shown), "payload": payload}
+    return {"row": described(shown), "payload": payload}
 
 
 def _ask(

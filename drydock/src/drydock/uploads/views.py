@@ -99,7 +99,6 @@ def uploads(request: HttpRequest) -> HttpResponse:
         "uploads": list(uploads_of(user_of(request))[:LISTED]),
         "limits": config.load().upload_max_bytes,
         "error": error,
-        "section": "uploads",
     }
     return render(request, "uploads/list.html", context, status=status)
 
