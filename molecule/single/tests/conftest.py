@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def playbook(name: str, *arguments: str, inventory: Path = INVENTORY) -> Run:
 
 def secret(name: str) -> str:
     return (STATE / "inventories/molecule/secrets" / name).read_text().split()[0]
+
+
+def submit(user: requests.Session, url: str, body: dict[str, str]) -> requests.Response:
+    """Start a major action as a patient person does: told that it is too soon (U3), wait for as long as the answer says."""
+    while (answer := user.post(url, json=body, timeout=30)).status_code == 429:
+        time.sleep(int(answer.headers["Retry-After"]))
+    return answer
 
 
 @pytest.fixture(scope="session")

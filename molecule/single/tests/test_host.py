@@ -12,8 +12,8 @@ import testinfra
 from conftest import ADDRESS, STATE, secret
 
 SERVICES = {
-    "drydock-web", "drydock-worker-export", "drydock-worker-latex", "etcd", "object-storage", "postgresql-core", "postgresql-plugins",
-    "proxy", "redis",
+    "drydock-relay", "drydock-script-processor", "drydock-web", "drydock-worker-export", "drydock-worker-latex", "etcd",
+    "object-storage", "postgresql-core", "postgresql-plugins", "proxy", "redis",
 }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_etcd_refuses_clients_without_a_certificate(host: testinfra.host.Host) -
     assert host.run(f"curl -s {ca} {own} https://single:2379/version").rc == 0
 
 
-@pytest.mark.parametrize("port", [443, 9000, 8008])
+@pytest.mark.parametrize("port", [443, 9000, 8002, 8008])
 def test_tls_is_signed_by_the_platform_ca_for_name_and_address(host: testinfra.host.Host, port: int) -> None:
     for name in ("single", ADDRESS):
         done = host.run(f"openssl s_client -connect {ADDRESS}:{port} -CAfile /etc/evenkeel/pki/ca.crt -verify_return_error "
@@ -141,6 +141,28 @@ def test_worker_stops_gently(host: testinfra.host.Host) -> None:
         minutes, seconds = divmod(limit + 30, 60)
         assert shown["TimeoutStopUSec"] == " ".join([f"{minutes}min"] + ([f"{seconds}s"] if seconds else []))
         assert shown["KillMode"] == "mixed"
+
+
+def test_s3_slow_work_of_a_start_is_done_by_units_of_its_own(host: testinfra.host.Host) -> None:
+    tasks = ("drydock-register-scripts", "drydock-job-service-account")
+
+    def finished() -> list[int]:
+        return [host.check_output(f"journalctl --unit={task} --no-pager -o cat").count(f"Finished {task}.service") for task in tasks]
+
+    before = finished()
+    host.check_output("systemctl restart drydock-script-processor")
+    deadline = time.monotonic() + 120
+    while any(now == then for now, then in zip(finished(), before, strict=True)):
+        assert time.monotonic() < deadline, host.run(f"systemctl status {' '.join(tasks)}").stdout
+        time.sleep(0.5)
+    host.check_output("evenkeel-health wait --timeout 120 drydock-script-processor")
+
+
+@pytest.mark.parametrize("timer", ["drydock-recompute-availability", "drydock-prune-uploads"])
+def test_timers_are_active_and_what_they_run_succeeds(host: testinfra.host.Host, timer: str) -> None:
+    assert host.check_output(f"systemctl is-active {timer}.timer") == "active"
+    host.check_output(f"systemctl start {timer}.service")
+    assert host.check_output(f"systemctl show -p Result {timer}.service") == "Result=success"
 
 
 def test_readiness_names_what_is_missing(host: testinfra.host.Host, web: requests.Session, url: str) -> None:

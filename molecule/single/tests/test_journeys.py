@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import requests
-from conftest import secret
+import testinfra
+from conftest import secret, submit
 from pypdf import PdfReader
 
 SOURCE = r"""
@@ -32,7 +33,7 @@ def finished(ask: Callable[[], dict[str, Any]], limit_seconds: float = 180) -> d
 
 
 def test_cyrillic_document_becomes_a_pdf_with_its_text(user: requests.Session, url: str) -> None:
-    created = user.post(f"{url}/api/documents", json={"title": "Привет", "source": SOURCE}, timeout=30)
+    created = submit(user, f"{url}/api/documents", {"title": "Привет", "source": SOURCE})
     assert created.status_code == 201, created.text
     document = f"{url}/api/documents/{created.json()['id']}"
     answer = finished(lambda: user.get(document, timeout=30).json())
@@ -44,7 +45,7 @@ def test_cyrillic_document_becomes_a_pdf_with_its_text(user: requests.Session, u
 
 def test_source_that_does_not_compile_says_why(user: requests.Session, url: str) -> None:
     broken = r"\documentclass{article}\begin{document}\nosuchmacro\end{document}"
-    created = user.post(f"{url}/api/documents", json={"title": "broken", "source": broken}, timeout=30)
+    created = submit(user, f"{url}/api/documents", {"title": "broken", "source": broken})
     document = f"{url}/api/documents/{created.json()['id']}"
     answer = finished(lambda: user.get(document, timeout=30).json())
     assert answer["state"] == "failed"
@@ -52,7 +53,7 @@ def test_source_that_does_not_compile_says_why(user: requests.Session, url: str)
 
 
 def test_export_completes(user: requests.Session, url: str) -> None:
-    created = user.post(f"{url}/api/exports", json={"format": "zip"}, timeout=30)
+    created = submit(user, f"{url}/api/exports", {"format": "zip"})
     assert created.status_code == 202, created.text
     export = f"{url}/api/exports/{created.json()['id']}"
     answer = finished(lambda: user.get(export, timeout=30).json())
@@ -60,6 +61,28 @@ def test_export_completes(user: requests.Session, url: str) -> None:
     archive = zipfile.ZipFile(io.BytesIO(user.get(f"{export}/download", timeout=30).content))
     assert archive.testzip() is None
     assert archive.namelist()
+
+
+def test_q8_accepted_exports_outlast_killed_workers_and_a_broker_that_forgets(
+    host: testinfra.host.Host, user: requests.Session, url: str
+) -> None:
+    accepted = []
+    for _ in range(4):
+        answer = submit(user, f"{url}/api/exports", {"format": "csv"})
+        assert answer.status_code == 202, answer.text
+        accepted.append(f"{url}/api/exports/{answer.json()['id']}")
+        host.check_output("systemctl kill --signal=KILL drydock-worker-export drydock-script-processor")
+    host.check_output("systemctl kill --signal=KILL redis-server")
+    ended = [finished(lambda export=export: user.get(export, timeout=30).json()) for export in accepted]
+    assert [export["state"] for export in ended] == ["ready"] * len(accepted), ended
+    host.check_output("evenkeel-health wait --timeout 180 redis drydock-script-processor drydock-worker-export drydock-worker-latex")
+
+
+def test_metrics_are_for_those_who_hold_the_token(web: requests.Session, url: str) -> None:
+    assert web.get(f"{url}/metrics", timeout=30).status_code == 401
+    answer = web.get(f"{url}/metrics", headers={"Authorization": f"Bearer {secret('app_internal_token')}"}, timeout=30)
+    for name in ("drydock_http_requests_total", "drydock_jobs", "drydock_jobs_late", "drydock_database_up"):
+        assert f"\n{name}" in answer.text, name
 
 
 def test_enqueue_ping_names_each_worker_kind(web: requests.Session, url: str) -> None:
