@@ -1,6 +1,7 @@
 """Two databases: every app stays on its own."""
 
 import pytest
+from django.db import connections
 
 from drydock.jobs.models import Job
 from platform_servers import Servers
@@ -43,3 +44,11 @@ def test_the_deployment_checks_are_clean(servers: Servers) -> None:
         "check", "--deploy", "--fail-level", "WARNING", "--database", "core", "--database", "plugins"
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.usefixtures("servers")
+@pytest.mark.parametrize("alias", ["core", "plugins"])
+def test_a_process_that_is_frozen_in_a_transaction_loses_its_locks(alias: str) -> None:
+    with connections[alias].cursor() as cursor:
+        cursor.execute("SHOW idle_in_transaction_session_timeout")
+        assert cursor.fetchone() == ("1min",)

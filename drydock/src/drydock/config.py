@@ -26,6 +26,8 @@ DATABASE_CLIENT_OPTIONS: dict[str, Any] = {
     "keepalives_interval": 2,
     "keepalives_count": 3,
     "application_name": "drydock",
+    # A process that was frozen in a transaction must not hold its locks: the relay passes over a job that is locked.
+    "options": "-c idle_in_transaction_session_timeout=60s",
 }
 LATEX_ENGINES = ("lualatex", "pdflatex", "tectonic")
 
