@@ -205,7 +205,7 @@ def test_a_worker_that_lost_its_job_ends_the_run_and_publishes_nothing(servers: 
         thread.join()
     export.refresh_from_db()
     assert (export.state, export.key) == ("pending", "")
-    assert client_of(servers).slots() == (2, 0)
+    wait_for("free slots", lambda: client_of(servers).slots() == (2, 0))
 
 
 def test_q7_a_worker_that_knows_exports_to_be_disabled_asks_nobody(
@@ -378,7 +378,7 @@ def test_q8_a_worker_that_is_killed_has_its_export_made_again(servers: Servers, 
         servers.start_worker("export")
         # The newer attempt takes the slot of the one that nobody waits for any more.
         wait_for("the end of the first run", lambda: gone(pid))
-        assert client_of(servers).slots() == (2, 1)
+        wait_for("the second run", lambda: client_of(servers).slots() == (2, 1))
     answer = over(author, path).json
     assert answer["job"]["attempt"] >= 2
     assert_one_file(author, answer)
