@@ -23,6 +23,14 @@ SOURCE = r"""
 """
 
 
+HOSTILE = {
+    "shell escape": r"\immediate\write18{touch escaped.tex}\input{escaped}",
+    "a file of the system": r"\input{/etc/passwd}",
+    "secrets of the platform": r"\directlua{assert(io.open('/etc/drydock/secrets.env'))}",
+    "10 GB of output": r"\directlua{f = io.open('big', 'w') for i = 1, 10000 do assert(f:write(string.rep('x', 1e6))) end}",
+}
+
+
 def finished(ask: Callable[[], dict[str, Any]], limit_seconds: float = 180) -> dict[str, Any]:
     """Poll until the state is no longer pending."""
     deadline = time.monotonic() + limit_seconds
@@ -50,6 +58,21 @@ def test_source_that_does_not_compile_says_why(user: requests.Session, url: str)
     answer = finished(lambda: user.get(document, timeout=30).json())
     assert answer["state"] == "failed"
     assert "Undefined control sequence" in str(answer)
+
+
+def test_q2_hostile_sources_fail_and_leave_nothing(host: testinfra.host.Host, user: requests.Session, url: str) -> None:
+    """As the worker's own user, under its unit: what the application's tests show on the controller holds here, too."""
+    documents = {}
+    for what, body in HOSTILE.items():
+        source = rf"\documentclass{{article}}\begin{{document}}{body}\end{{document}}"
+        documents[what] = submit(user, f"{url}/api/documents", {"title": what, "source": source}).json()["id"]
+    for what, document in documents.items():
+        answer = finished(lambda document=document: user.get(f"{url}/api/documents/{document}", timeout=30).json())
+        assert (answer["state"], answer["job"]["attempt"]) == ("failed", 1), (what, answer)
+        assert answer["reason"].startswith("compile error: "), (what, answer["reason"])
+        assert "root:" not in str(answer), what
+    assert host.run("pgrep --uid drydock --list-full 'latexmk|lualatex|luahbtex'").stdout == ""
+    assert host.check_output("find /var/lib/drydock/compile -mindepth 1 -type f -size +0") == ""
 
 
 def test_export_completes(user: requests.Session, url: str) -> None:
