@@ -20,7 +20,7 @@ from django.db import transaction
 from browser import Answer, Browser
 from drydock import config, storage
 from drydock.accounts.models import User
-from drydock.documents import latex, service, worker
+from drydock.documents import latex, service, views, worker
 from drydock.documents.models import Document, Revision
 from drydock.jobs import engine, kinds, tasks
 from drydock.jobs.models import Job
@@ -271,6 +271,12 @@ def test_q1_an_older_compile_never_overwrites_a_newer_one(servers: Servers, sile
     silent.refresh_from_db()
     assert silent.applied == 2
     assert Revision.objects.get(pk=older.pk).state == "pending"
+
+
+def test_a_compiled_revision_is_never_shown_without_its_pdf(servers: Servers, silent: Document) -> None:
+    read_before = Document.objects.get(pk=silent.pk)
+    assert send(servers, report(claimed(silent.revisions.get()))).status == 200
+    assert (views._newest(read_before).state, read_before.applied) == ("compiled", 1)
 
 
 def test_q1_a_late_attempt_is_refused(servers: Servers, silent: Document) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from drydock import storage
 from drydock.processor.client import Client, ProcessorError, State
-from platform_servers import PASSWORD, TOKEN, Servers, free_port, wait_for
+from platform_servers import PASSWORD, SOURCES, TOKEN, Servers, free_port, wait_for
 
 EXPORT = {"owner": 0, "format": "csv"}
 
@@ -116,7 +116,8 @@ def test_h3_the_health_check_fails_without_login_script_or_processor(servers: Se
 
 def test_the_health_check_starts_without_django() -> None:
     program = "import sys, drydock.processor.client; print(sorted({'django', 'psycopg', 'boto3'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
+    command, sources = [sys.executable, "-c", program], {"PYTHONPATH": str(SOURCES)}
+    assert subprocess.run(command, env=sources, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_the_token_opens_nothing_but_a_login(servers: Servers) -> None:

@@ -40,7 +40,10 @@ def _document(request: HttpRequest, document_id: UUID) -> Document:
 
 
 def _newest(document: Document) -> Revision:
-    return document.revisions.get(number=document.latest)
+    revision = document.revisions.get(number=document.latest)
+    # Read after it: a revision that is shown as compiled has its PDF applied.
+    document.refresh_from_db(fields=["applied"])
+    return revision
 
 
 # --- JSON API ---------------------------------------------------------------------------------------------------------
