@@ -3,7 +3,7 @@
 import math
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,9 +11,11 @@ from billiard.exceptions import SoftTimeLimitExceeded
 from django.db import IntegrityError, OperationalError, connections, transaction
 from django.db.models import Sum
 
+from browser import Browser
 from drydock.jobs import context, engine, kinds, relay, tasks
 from drydock.jobs.kinds import Kind
 from drydock.jobs.models import Heartbeat, Job, Latency, Tally
+from drydock.operations import broker
 from platform_servers import Servers, wait_for
 
 pytestmark = pytest.mark.usefixtures("servers")
@@ -405,6 +407,15 @@ def test_the_relay_says_when_it_is_stalled(monkeypatch: pytest.MonkeyPatch) -> N
     running = relay.Relay(databases=["plugins"], duties=())
     monkeypatch.setattr(relay, "STALLED_SECONDS", -1)
     assert running.stalled() == ["plugins"]
+
+
+def test_q8_a_broker_that_was_emptied_takes_the_next_bells(servers: Servers, sign_in: Callable[..., Browser]) -> None:
+    """Its routes are gone as well as its messages, and nobody's connection has noticed."""
+    person = sign_in()
+    broker.connection().flushall()
+    export = person.post("/api/exports", {"format": "csv"}).headers["Location"]
+    wait_for("the export", lambda: person.get(export).json["state"] == "ready", 60)
+    servers.ping()
 
 
 def test_q4_the_last_jobs_of_each_queue_are_kept(kind: Kind, settings_kept: int) -> None:
