@@ -409,6 +409,15 @@ def test_the_relay_says_when_it_is_stalled(monkeypatch: pytest.MonkeyPatch) -> N
     assert running.stalled() == ["plugins"]
 
 
+@pytest.mark.parametrize("command", ["relay", "processor"])
+def test_where_to_listen_is_said_in_one_line_when_it_cannot_be(servers: Servers, command: str) -> None:
+    wrong = servers.drydock(command, "--listen", "8001")
+    assert "'8001' is not ADDRESS:PORT, as in 127.0.0.1:8001" in wrong.stderr
+    taken = f"127.0.0.1:{servers.ports['relay']}"
+    busy = servers.drydock(command, "--listen", taken)
+    assert busy.stderr == f"CommandError: cannot listen on {taken}: Address already in use\n"
+
+
 def test_q8_a_broker_that_was_emptied_takes_the_next_bells(servers: Servers, sign_in: Callable[..., Browser]) -> None:
     """Its routes are gone as well as its messages, and nobody's connection has noticed."""
     person = sign_in()

@@ -6,8 +6,9 @@ import signal
 import threading
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandParser
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 
+from drydock.jobs.listening import address_and_port
 from drydock.jobs.relay import STALLED_SECONDS, Relay
 
 
@@ -18,16 +19,18 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Say where the health check is answered."""
-        parser.add_argument("--listen", default="", metavar="ADDRESS:PORT", help="answer GET /health here")
+        parser.add_argument("--listen", type=address_and_port, metavar="ADDRESS:PORT", help="answer GET /health here")
 
-    def handle(self, *_: Any, listen: str, **__: Any) -> None:
+    def handle(self, *_: Any, listen: tuple[str, int] | None, **__: Any) -> None:
         """Work until a signal ends it."""
         relay = Relay()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_signal: relay.stop())
         if listen:
-            address, port = listen.rsplit(":", 1)
-            server = http.server.ThreadingHTTPServer((address, int(port)), _handler(relay))
+            try:
+                server = http.server.ThreadingHTTPServer(listen, _handler(relay))
+            except OSError as error:
+                raise CommandError(f"cannot listen on {listen[0]}:{listen[1]}: {error.strerror}") from error
             threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
         relay.run()
 

@@ -5,9 +5,10 @@ import signal
 import threading
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandParser
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from drydock import config
+from drydock.jobs.listening import address_and_port
 from drydock.processor import preparation, runs, server
 
 logger = logging.getLogger(__name__)
@@ -20,17 +21,19 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Say where requests are answered."""
-        parser.add_argument("--listen", default="127.0.0.1:8002", metavar="ADDRESS:PORT")
+        parser.add_argument("--listen", type=address_and_port, default="127.0.0.1:8002", metavar="ADDRESS:PORT")
 
-    def handle(self, *_: Any, listen: str, **__: Any) -> None:
+    def handle(self, *_: Any, listen: tuple[str, int], **__: Any) -> None:
         """Serve until a signal ends it."""
         stopping = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_signal: stopping.set())
         preparation.prepare(config.load())
         runs.remove_leftovers()
-        address, port = listen.rsplit(":", 1)
-        serving = server.Server(address, int(port))
+        try:
+            serving = server.Server(*listen)
+        except OSError as error:
+            raise CommandError(f"cannot listen on {listen[0]}:{listen[1]}: {error.strerror}") from error
         keeper = threading.Thread(target=server.keep_alive, args=[serving, stopping], name="heartbeat")
         keeper.start()
         threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.1}, name="http").start()
