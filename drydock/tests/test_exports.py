@@ -261,8 +261,13 @@ def job_of(person: Browser, path: str) -> dict[str, Any]:
 
 def running(servers: Servers, person: Browser, path: str) -> int:
     """Wait until the export is running; return the process of its run."""
-    job = wait_for("the run", lambda: (job := job_of(person, path))["state"] == "running" and job)
-    return pid_of(client_of(servers), f"{job['id']}-{job['attempt']}")
+
+    def run() -> int:
+        job = job_of(person, path)
+        assert job["state"] == "running", job
+        return pid_of(client_of(servers), f"{job['id']}-{job['attempt']}")
+
+    return int(wait_for("the run", run, 90))
 
 
 def test_q6_an_export_past_its_time_limit_fails_with_that_reason(servers: Servers, author: Browser) -> None:
