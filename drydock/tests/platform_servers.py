@@ -216,7 +216,8 @@ class Servers:
         """Start a worker of one queue as a site does."""
         celery = [sys.executable, "-m", "celery", "-A", app, "-q", "worker"]
         name = name or queue
-        options = ["-Q", queue, "-n", f"{name}@%h", "--concurrency", "1", "--without-gossip", "--without-mingle"]
+        options = ["-Q", queue, "-n", f"{name}@%h", "--concurrency", "1"]
+        options += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
         self.start(name, [*celery, *options], env=self.child_environment(**changes))
 
     def start_relay(self, *command: str, **changes: str) -> None:
