@@ -34,6 +34,7 @@ PORTS = {
     "postgresql-core-rest": 8008,
     "postgresql-plugins-rest": 8009,
     "redis": 6379,
+    "redis-sentinel": 26379,
     "object-storage": 9000,
     "proxy": 443,
     "proxy-http": 80,
@@ -42,14 +43,28 @@ PORTS = {
 CLUSTERS = ("core", "plugins")
 
 
-def topology(groups: Mapping[str, Sequence[str]], addresses: Mapping[str, str], ports: Mapping[str, int] | None = None) -> dict[str, Any]:
+#: Groups whose members decide by majority, and what an even or too small number of them costs.
+VOTERS = {"etcd": "etcd decides which PostgreSQL member is primary", "redis": "the Sentinels beside Redis decide which member is master"}
+
+#: The name under which hosts of the platform reach its front door, wherever that is at the moment.
+FRONT_DOOR = "platform"
+
+
+def topology(
+    groups: Mapping[str, Sequence[str]],
+    addresses: Mapping[str, str],
+    ports: Mapping[str, int] | None = None,
+    front_door: str = "",
+) -> dict[str, Any]:
     """Who is where.
 
     groups: the inventory's groups (host names). addresses: IP address of each host. ports: TCP ports that differ from `PORTS`.
+    front_door: the IP address that moves between the proxies; needed from two proxies.
 
-    Returns {addresses, ports, etcd, postgresql: {cluster: …}, redis, object_storage, web, worker, proxy}; each service is
-    {members: [{name, address}], port} (PostgreSQL also rest_port). Raises AnsibleFilterError with one sentence for a group that is
-    missing or empty, a host without an address, an address used twice, and an unknown service in `ports`.
+    Returns {addresses, ports, etcd, postgresql: {cluster: …}, redis, object_storage, web, worker, proxy, platform}; each service is
+    {members: [{name, address}], port} (PostgreSQL also rest_port, Redis sentinel_port), platform is {name, address}. Raises
+    AnsibleFilterError with one sentence for a group that is missing or empty, a number of voters that has no majority without one of
+    them, a host without an address, an address used twice, proxies without a common address, and an unknown service in `ports`.
     """
     unknown = sorted(set(ports or {}) - set(PORTS))
     if unknown:
@@ -59,6 +74,13 @@ def topology(groups: Mapping[str, Sequence[str]], addresses: Mapping[str, str], 
             raise AnsibleFilterError(
                 f"inventory group '{group}' ({purpose}) has no host: add at least one under 'children: {group}: hosts:' in the inventory"
             )
+    for group, purpose in VOTERS.items():
+        count = len(groups[group])
+        if count % 2 == 0:
+            raise AnsibleFilterError(
+                f"inventory group '{group}' has {count} hosts, but {purpose}, by majority: {count} are no safer than {count - 1}. "
+                f"Make them {count + 1}{'' if count == 2 else f' or {count - 1}'}, or 1 where a loss may stop the platform"
+            )
     owner: dict[str, str] = {}
     for host in groups["all"]:
         address = addresses.get(host)
@@ -67,6 +89,13 @@ def topology(groups: Mapping[str, Sequence[str]], addresses: Mapping[str, str], 
         if address in owner:
             raise AnsibleFilterError(f"hosts '{owner[address]}' and '{host}' have the same address {address} in the inventory")
         owner[address] = host
+    if len(groups["proxy"]) > 1 and not front_door:
+        raise AnsibleFilterError(
+            f"inventory group 'proxy' has {len(groups['proxy'])} hosts, but platform_address is not set: give the platform an address "
+            "of the proxies' network that no host has; it moves to a proxy that works"
+        )
+    if front_door in owner and len(groups["proxy"]) > 1:
+        raise AnsibleFilterError(f"platform_address {front_door} is the address of host '{owner[front_door]}': it needs one of its own")
     port = {**PORTS, **(ports or {})}
 
     def members(group: str) -> list[dict[str, str]]:
@@ -85,11 +114,12 @@ def topology(groups: Mapping[str, Sequence[str]], addresses: Mapping[str, str], 
             }
             for cluster in CLUSTERS
         },
-        "redis": {"members": members("redis"), "port": port["redis"]},
+        "redis": {"members": members("redis"), "port": port["redis"], "sentinel_port": port["redis-sentinel"]},
         "object_storage": {"members": members("object_storage"), "port": port["object-storage"]},
         "web": {"members": members("web")},
         "worker": {"members": members("worker")},
         "proxy": {"members": members("proxy"), "port": port["proxy"]},
+        "platform": {"name": FRONT_DOOR, "address": front_door or members("proxy")[0]["address"]},
     }
 
 
@@ -99,6 +129,17 @@ def libpq_url(service: Mapping[str, Any], user: str, database: str, ca_file: str
     return f"postgresql://{user}@{hosts}/{database}?target_session_attrs=read-write&sslmode=verify-full&sslrootcert={ca_file}"
 
 
+def redis_url(service: Mapping[str, Any], user: str, database: int = 0) -> str:
+    """A Redis URL without password, over TLS: of the one member or, where there are several, of the Sentinels that know the master.
+
+    With Sentinels its form is rediss+sentinel://user@host:port,host:port/master/database; the master is called `main`.
+    """
+    if len(service["members"]) == 1:
+        return f"rediss://{user}@{service['members'][0]['name']}:{service['port']}/{database}"
+    hosts = ",".join(f"{member['name']}:{service['sentinel_port']}" for member in service["members"])
+    return f"rediss+sentinel://{user}@{hosts}/main/{database}"
+
+
 def endpoints(topo: Mapping[str, Any], app: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     """Every listening endpoint of the platform: [{host, service, port}], infrastructure first, then the application's web processes.
 
@@ -106,7 +147,7 @@ def endpoints(topo: Mapping[str, Any], app: Mapping[str, Any], groups: Mapping[s
     """
     of_group = {
         "etcd": ["etcd", "etcd-peer", "etcd-metrics"],
-        "redis": ["redis"],
+        "redis": ["redis", "redis-sentinel"] if len(groups["redis"]) > 1 else ["redis"],
         "object_storage": ["object-storage"],
         "proxy": ["proxy", "proxy-http"],
         **{f"postgresql_{cluster}": [f"postgresql-{cluster}", f"postgresql-{cluster}-rest"] for cluster in CLUSTERS},
@@ -208,6 +249,7 @@ class FilterModule:
             "endpoints": endpoints,
             "endpoints_problem": problem_of(endpoints),
             "libpq_url": libpq_url,
+            "redis_url": redis_url,
             "empty_secrets": empty_secrets,
             "platform_health_services": platform_health_services,
         }

@@ -28,8 +28,8 @@ APP: dict[str, Any] = {
 
 
 def test_members_and_ports() -> None:
-    topo = t.topology(groups(etcd=["a", "b"]), ADDRESSES, {"redis": 7000})
-    assert topo["etcd"]["members"] == [{"name": "a", "address": "10.0.0.1"}, {"name": "b", "address": "10.0.0.2"}]
+    topo = t.topology(groups(web=["a", "b"]), ADDRESSES, {"redis": 7000})
+    assert topo["web"]["members"] == [{"name": "a", "address": "10.0.0.1"}, {"name": "b", "address": "10.0.0.2"}]
     assert topo["redis"]["port"] == 7000
     assert topo["postgresql"]["plugins"]["port"] == 5433
 
@@ -87,3 +87,31 @@ def test_health_rows_of_a_host_and_of_what_it_waits_for_elsewhere() -> None:
     there = t.platform_health_services(topo, "b", APP, "/pki")
     assert [(row["name"], row["remote"]) for row in there] == [("redis", True)]
     assert "10.0.0.1" in there[0]["command"]
+
+
+@pytest.mark.parametrize("group", ["etcd", "redis"])
+def test_voters_without_a_majority_are_refused(group: str) -> None:
+    hosts = {"all": list("abcd"), **{name: ["a"] for name in SERVICES}}
+    addresses = {name: f"10.0.0.{number}" for number, name in enumerate("abcd", 1)}
+    for count in (1, 3):
+        t.topology({**hosts, group: list("abcd")[:count]}, addresses)
+    for count in (2, 4):
+        with pytest.raises(AnsibleFilterError, match=f"'{group}' has {count} hosts.*no safer than {count - 1}"):
+            t.topology({**hosts, group: list("abcd")[:count]}, addresses)
+
+
+def test_two_proxies_need_an_address_of_their_own() -> None:
+    two = groups(proxy=["a", "b"])
+    with pytest.raises(AnsibleFilterError, match="platform_address is not set"):
+        t.topology(two, ADDRESSES)
+    with pytest.raises(AnsibleFilterError, match="is the address of host 'b'"):
+        t.topology(two, ADDRESSES, front_door="10.0.0.2")
+    assert t.topology(two, ADDRESSES, front_door="10.0.0.9")["platform"] == {"name": "platform", "address": "10.0.0.9"}
+    assert t.topology(groups(), ADDRESSES)["platform"]["address"] == "10.0.0.1"
+
+
+def test_redis_url_names_the_sentinels_where_there_are_several() -> None:
+    one = {"members": [{"name": "a"}], "port": 6379, "sentinel_port": 26379}
+    assert t.redis_url(one, "shop") == "rediss://shop@a:6379/0"
+    three = {**one, "members": [{"name": name} for name in "abc"]}
+    assert t.redis_url(three, "shop", 1) == "rediss+sentinel://shop@a:26379,b:26379,c:26379/main/1"
