@@ -11,7 +11,6 @@ export ANSIBLE_HOME := $(CURDIR)/.ansible
 export ANSIBLE_FORCE_COLOR ?= $(if $(CI),0,$(shell test -t 1 && echo 1 || echo 0))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
-INVENTORY ?= inventories/demo
 
 help: ## list these commands
 	@echo "Evenkeel: deploy and keep alive a web platform on plain Debian hosts. State folder: $(EVENKEEL_STATE)"
@@ -34,11 +33,11 @@ setup: .venv/.ready ## install what the controller needs into .venv (Python pack
 demo: setup ## boot a real systemd host, converge a whole platform on it, deploy a release, verify it
 	@bin/demo
 
-lab: setup ## boot the hosts of INVENTORY (default inventories/demo)
-	@ansible-playbook -i $(INVENTORY) playbooks/lab.yml
+lab: setup ## the same on the full topology: 13 hosts, pairs of everything (inventories/lab; about 6 GiB of memory)
+	@bin/demo lab
 
-lab-down: setup ## remove the hosts of INVENTORY
-	@ansible-playbook -i $(INVENTORY) playbooks/lab.yml -e lab_state=absent
+lab-down: setup ## remove the hosts of the full topology
+	@ansible-playbook -i inventories/lab playbooks/lab.yml -e lab_state=absent
 
 test: setup ## everything CI runs: lint, unit tests, the application's tests, the lab scenarios
 	@bin/test

@@ -55,14 +55,15 @@ def topology(
     addresses: Mapping[str, str],
     ports: Mapping[str, int] | None = None,
     front_door: str = "",
+    s3_url: str = "",
 ) -> dict[str, Any]:
     """Who is where.
 
     groups: the inventory's groups (host names). addresses: IP address of each host. ports: TCP ports that differ from `PORTS`.
-    front_door: the IP address that moves between the proxies; needed from two proxies.
+    front_door: the IP address that moves between the proxies; needed from two proxies. s3_url: an S3 endpoint that is not ours.
 
     Returns {addresses, ports, etcd, postgresql: {cluster: …}, redis, object_storage, web, worker, proxy, platform}; each service is
-    {members: [{name, address}], port} (PostgreSQL also rest_port, Redis sentinel_port), platform is {name, address}. Raises
+    {members: [{name, address}], port} (PostgreSQL also rest_port, Redis sentinel_port, object storage url), platform is {name, address}. Raises
     AnsibleFilterError with one sentence for a group that is missing or empty, a number of voters that has no majority without one of
     them, a host without an address, an address used twice, proxies without a common address, and an unknown service in `ports`.
     """
@@ -115,7 +116,11 @@ def topology(
             for cluster in CLUSTERS
         },
         "redis": {"members": members("redis"), "port": port["redis"], "sentinel_port": port["redis-sentinel"]},
-        "object_storage": {"members": members("object_storage"), "port": port["object-storage"]},
+        "object_storage": {
+            "members": members("object_storage"),
+            "port": port["object-storage"],
+            "url": s3_url or "".join(f"https://{host}:{port['object-storage']}" for host in groups.get("object_storage", [])[:1]),
+        },
         "web": {"members": members("web")},
         "worker": {"members": members("worker")},
         "proxy": {"members": members("proxy"), "port": port["proxy"]},
