@@ -1,12 +1,21 @@
 #!/usr/bin/env python3
-"""Real systemd hosts on one machine: boot, list and remove the hosts of a lab.
+"""Real systemd hosts on one machine: boot and remove the hosts of a lab, and do to them what happens to real ones.
 
-    lab.py up CONFIG.json      boot what CONFIG describes (idempotent); prints {"changed": bool, "did": [...]}
+    lab.py up CONFIG.json      boot what CONFIG describes, without faults; prints {"changed": bool, "did": [...]}
     lab.py down LAB_DIR...     remove these labs: processes, mounts, bridge, nftables table, cgroups, files
     lab.py down --all STATE    remove every lab recorded below STATE
 
-Each host is `systemd-nspawn --boot` on an overlay over one shared base image. Everything that a lab creates
-is recorded below its folder (`STATE/labs/NAME`) before it is created, so `down` works after any interruption.
+    lab.py power-off LAB_DIR HOST...             cut the power; the disk stays
+    lab.py power-on LAB_DIR HOST...              boot again, and wait until ssh answers
+    lab.py renew LAB_DIR HOST...                 a new, empty machine of the same name, address and ssh host key
+    lab.py cut LAB_DIR HOST...                   take the link down; join takes it up again
+    lab.py drop LAB_DIR HOST... --from OTHER...  lose every packet that comes from OTHER, one way; heal ends it
+
+Faults print what `up` prints, and one that is there already changes nothing. Cut links and lost packets end when
+their host is switched off or reboots, because they live in its network namespace.
+
+Each host is `systemd-nspawn --boot` on an overlay over one shared base image. Everything that a lab creates is
+recorded below its folder (`STATE/labs/NAME`) before it is created, so `down` works after any interruption.
 
 CONFIG: {"name": str, "subnet": "10.87.1.0/24", "state": path, "hosts": {name: address}, "suite": str,
          "packages": [str]}. The first address of the subnet is the bridge's. Must run as root.
@@ -27,7 +36,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +45,16 @@ REBOOT_EXIT_STATUS = 133  # systemd-nspawn under --keep-unit asks its caller to 
 BOOT_LIMIT_SECONDS = 120
 CACHE_PORT_IN_LAB = 3142
 IMAGE_VERSION = "3"
+DROP_TABLE = "evenkeel_lab"
+FAULTS = {
+    "power-off": "cut the power of hosts",
+    "power-on": "boot hosts that are off",
+    "renew": "replace hosts by new, empty ones",
+    "cut": "take hosts' links down",
+    "join": "take hosts' links up",
+    "drop": "lose what comes from other hosts",
+    "heal": "lose nothing any more",
+}
 SYSCTLS = {"net.ipv4.ip_forward": 1, "fs.inotify.max_user_instances": 1024, "fs.inotify.max_user_watches": 524288}
 
 
@@ -416,7 +435,10 @@ def leader(lab: Lab, host: str) -> int | None:
 
 
 def prepare_root(lab: Lab, host: str, image: Path) -> Path:
-    """Mount the host's overlay and write its identity: address, host key, authorized key, package cache."""
+    """Mount the host's overlay and write its identity: address, host key, authorized key, package cache.
+
+    What the host has had since its first boot is its own, but for the address: roles and people may have changed it.
+    """
     folder = lab.host_dir(host)
     root = folder / "root"
     for name in ("root", "upper", "work"):
@@ -424,19 +446,24 @@ def prepare_root(lab: Lab, host: str, image: Path) -> Path:
     if not mounted(root):
         options = f"lowerdir={image},upperdir={folder}/upper,workdir={folder}/work"
         run("mount", "-t", "overlay", "overlay", "-o", options, str(root))
-    write(root / "etc/systemd/network/10-lab.network", "\n".join([
-        "[Match]", "Name=host0", "[Network]", f"Address={lab.hosts[host]}/{lab.network.prefixlen}",
-        f"Gateway={lab.gateway}", "LinkLocalAddressing=no", "",
-    ]))  # fmt: skip
-    write(root / "etc/hostname", host + "\n")
-    write(root / "etc/hosts", f"127.0.0.1 localhost\n::1 localhost\n{lab.hosts[host]} {host}\n")
-    proxy = f'Acquire::http::Proxy "http://{lab.gateway}:{CACHE_PORT_IN_LAB}";\n'
-    write(root / "etc/apt/apt.conf.d/91lab-cache", proxy)
     key = folder / "ssh_host_ed25519_key"
-    for name, mode in ((key.name, 0o600), (f"{key.name}.pub", 0o644)):
-        write(root / "etc/ssh" / name, (folder / name).read_text(), mode)
+    network = ["[Match]", "Name=host0", "[Network]", f"Address={lab.hosts[host]}/{lab.network.prefixlen}",
+               f"Gateway={lab.gateway}", "LinkLocalAddressing=no", ""]  # fmt: skip
+    identity = {
+        "etc/systemd/network/10-lab.network": "\n".join(network),
+        "etc/hostname": f"{host}\n",
+        "etc/hosts": f"127.0.0.1 localhost\n::1 localhost\n{lab.hosts[host]} {host}\n",
+        "etc/apt/apt.conf.d/91lab-cache": f'Acquire::http::Proxy "http://{lab.gateway}:{CACHE_PORT_IN_LAB}";\n',
+        f"etc/ssh/{key.name}.pub": key.with_suffix(".pub").read_text(),
+    }
+    secret = {
+        f"etc/ssh/{key.name}": key.read_text(),
+        "root/.ssh/authorized_keys": (lab.directory / "id_ed25519.pub").read_text(),
+    }
     (root / "root/.ssh").mkdir(mode=0o700, exist_ok=True)
-    write(root / "root/.ssh/authorized_keys", (lab.directory / "id_ed25519.pub").read_text(), 0o600)
+    for path, text in {**identity, **secret}.items():
+        if path.startswith("etc/systemd/network") or not (folder / "upper" / path).exists():
+            write(root / path, text, 0o600 if path in secret else 0o644)
     return root
 
 
@@ -505,6 +532,34 @@ def settled(lab: Lab, host: str) -> bool:
     return asked.stdout.strip() in {"running", "degraded"}
 
 
+def ready_image(lab: Lab) -> tuple[Path, int, list[str]]:
+    """What booting needs: the base image and the package cache; returns (image, the cache's port, what was done)."""
+    port, started = start_package_cache(Path(lab.state))
+    image, built = build_image(lab, port)
+    did = [f"started the package cache on port {port}"] if started else []
+    return image, port, did + ([f"built base image {image.name}"] if built else [])
+
+
+def start(lab: Lab, hosts: Iterable[str], image: Path) -> list[str]:
+    """Boot those of the hosts that are off, side by side; returns which."""
+    booted = []
+    for host in hosts:
+        if leader(lab, host) is None:
+            power_off(lab, host)
+            prepare_root(lab, host, image)
+            boot(lab, host)
+            booted.append(host)
+    return booted
+
+
+def await_hosts(lab: Lab, hosts: Iterable[str]) -> None:
+    """Wait until the hosts have booted and answer ssh."""
+    for host in hosts:
+        address, log = lab.hosts[host], lab.host_dir(host) / "console.log"
+        poll(BOOT_LIMIT_SECONDS, f"{host} to boot (see {log})", lambda h=host: settled(lab, h))  # type: ignore[misc]
+        poll(BOOT_LIMIT_SECONDS, f"ssh on {host} ({address})", lambda a=address: answers_ssh(a))  # type: ignore[misc]
+
+
 def power_off(lab: Lab, host: str) -> None:
     """Cut a host's power (SIGKILL of its PID 1) and release what it held: process, overlay, control groups."""
     machine = lab.machine(host)
@@ -532,6 +587,98 @@ def power_off(lab: Lab, host: str) -> None:
         for folder in (group, group.parent):
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def in_network(lab: Lab, host: str, *argv: str, stdin: str | None = None, check: bool = True) -> str:
+    """Run a command of this machine in the host's network namespace."""
+    pid = leader(lab, host)
+    if pid is None:
+        raise LabError(f"{host} is off: `lab.py power-on {lab.directory} {host}` boots it")
+    return run("nsenter", f"--target={pid}", "--net", "--", *argv, stdin=stdin, check=check).stdout
+
+
+def set_link(lab: Lab, host: str, up: bool) -> bool:
+    """Take the host's link up or down; returns whether that changed it."""
+    if ("UP" in json.loads(in_network(lab, host, "ip", "-json", "link", "show", "host0"))[0]["flags"]) == up:
+        return False
+    in_network(lab, host, "ip", "link", "set", "host0", "up" if up else "down")
+    if up:
+        poll(BOOT_LIMIT_SECONDS, f"ssh on {host} ({lab.hosts[host]})", lambda: answers_ssh(lab.hosts[host]))
+    return True
+
+
+def dropped(lab: Lab, host: str) -> set[str]:
+    """The addresses whose packets the host loses."""
+    listed = in_network(lab, host, "nft", "-json", "list", "set", "ip", DROP_TABLE, "dropped", check=False)
+    objects = json.loads(listed)["nftables"] if listed else []
+    return {address for entry in objects for address in entry.get("set", {}).get("elem", [])}
+
+
+def set_dropped(lab: Lab, host: str, addresses: set[str]) -> bool:
+    """Lose what comes from these addresses and nothing else, before any other rule sees it; returns whether that changed it."""
+    if dropped(lab, host) == addresses:
+        return False
+    rules = f"""
+        table ip {DROP_TABLE} {{}}
+        delete table ip {DROP_TABLE}
+        """
+    if addresses:
+        rules += f"""table ip {DROP_TABLE} {{
+            set dropped {{
+                type ipv4_addr
+                elements = {{ {", ".join(sorted(addresses))} }}
+            }}
+            chain prerouting {{
+                type filter hook prerouting priority -500
+                ip saddr @dropped drop
+            }}
+        }}"""
+    in_network(lab, host, "nft", "-f", "-", stdin=rules)
+    return True
+
+
+def heal(lab: Lab, host: str) -> list[str]:
+    """End what `cut` and `drop` did to a host that runs; returns what was done."""
+    did = [f"joined {host}"] if set_link(lab, host, up=True) else []
+    return did + ([f"healed {host}"] if set_dropped(lab, host, set()) else [])
+
+
+def fault(lab: Lab, command: str, hosts: list[str], others: list[str]) -> list[str]:
+    """Do one of the commands to hosts of the lab; returns what was done."""
+    for host in [*hosts, *others]:
+        if host not in lab.hosts:
+            raise LabError(f"lab {lab.name} has no host {host}; it has {', '.join(lab.hosts)}")
+    match command:
+        case "power-off":
+            running = [host for host in hosts if leader(lab, host) is not None]
+            for host in hosts:
+                power_off(lab, host)
+            return [f"switched {host} off" for host in running]
+        case "power-on" | "renew":
+            image, _, did = ready_image(lab)
+            for host in hosts if command == "renew" else []:
+                power_off(lab, host)
+                for name in ("upper", "work"):
+                    shutil.rmtree(lab.host_dir(host) / name, ignore_errors=True)
+                did.append(f"emptied {host}")
+            did += [f"booted {host}" for host in start(lab, hosts, image)]
+            await_hosts(lab, hosts)
+            return did
+        case "cut":
+            return [f"cut {host}" for host in hosts if set_link(lab, host, up=False)]
+        case "join":
+            return [f"joined {host}" for host in hosts if set_link(lab, host, up=True)]
+        case "drop":
+            lost = {host: {lab.hosts[other] for other in others if other != host} for host in hosts}
+            done = [host for host in hosts if set_dropped(lab, host, dropped(lab, host) | lost[host])]
+            return [f"{host} loses what comes from {', '.join(others)}" for host in done]
+        case "heal":
+            return [f"healed {host}" for host in hosts if set_dropped(lab, host, set())]
+        case _:
+            raise LabError(f"{command} is no fault")
 
 
 # --- keys and the operator's ssh configuration ---------------------------------------------------------------------
@@ -571,6 +718,8 @@ def write_ssh_files(lab: Lab) -> None:
 
 
 def load(directory: Path) -> Lab:
+    if not (directory / "lab.json").exists():
+        raise LabError(f"there is no lab in {directory}")
     return Lab(**json.loads((directory / "lab.json").read_text()))
 
 
@@ -606,23 +755,13 @@ def up(lab: Lab) -> list[str]:
         shutil.rmtree(lab.host_dir(host), ignore_errors=True)
         did.append(f"removed {host}")
     raise_sysctls(state)
-    port, started = start_package_cache(state)
-    did += [f"started the package cache on port {port}"] if started else []
-    image, built = build_image(lab, port)
-    did += [f"built base image {image.name}"] if built else []
+    image, port, made = ready_image(lab)
+    did += made
     did += [f"created bridge {lab.bridge}"] if raise_network(lab, port) else []
     write_ssh_files(lab)
-    booted = []
-    for host in lab.hosts:
-        if leader(lab, host) is None:
-            power_off(lab, host)
-            prepare_root(lab, host, image)
-            boot(lab, host)
-            booted.append(host)
-    for host, address in lab.hosts.items():
-        log = lab.host_dir(host) / "console.log"
-        poll(BOOT_LIMIT_SECONDS, f"{host} to boot (see {log})", lambda h=host: settled(lab, h))  # type: ignore[misc]
-        poll(BOOT_LIMIT_SECONDS, f"ssh on {host} ({address})", lambda a=address: answers_ssh(a))  # type: ignore[misc]
+    booted = start(lab, lab.hosts, image)
+    did += [line for host in lab.hosts if host not in booted for line in heal(lab, host)]
+    await_hosts(lab, lab.hosts)
     return did + [f"booted {host}" for host in booted]
 
 
@@ -655,6 +794,12 @@ def main() -> int:
     removal = commands.add_parser("down", help="remove labs")
     removal.add_argument("--all", type=Path, metavar="STATE", help="every lab recorded below STATE")
     removal.add_argument("directories", type=Path, nargs="*")
+    for name, purpose in FAULTS.items():
+        command = commands.add_parser(name, help=purpose)
+        command.add_argument("directory", type=Path, metavar="LAB_DIR")
+        command.add_argument("hosts", nargs="+", metavar="HOST")
+        if name == "drop":
+            command.add_argument("--from", dest="others", nargs="+", required=True, metavar="OTHER")
     commands.add_parser("image-hook").add_argument("root", type=Path)
     supervision = commands.add_parser("supervise")
     supervision.add_argument("directory", type=Path)
@@ -671,6 +816,8 @@ def main() -> int:
             return 0
         if options.command == "up":
             did = up(Lab(**json.loads(options.config.read_text())))
+        elif options.command in FAULTS:
+            did = fault(load(options.directory), options.command, options.hosts, getattr(options, "others", []))
         else:
             recorded = sorted(path.parent for path in (options.all / "labs").glob("*/lab.json")) if options.all else []
             did = [line for folder in [*options.directories, *recorded] for line in down(folder)]
