@@ -69,6 +69,22 @@ class Lab:
     def ssh(self, host: str, command: str) -> str:
         return run("ssh", "-F", str(self.directory / "ssh_config"), host, command)
 
+    def fault(self, command: str, *words: str) -> list[str]:
+        """Do a fault to hosts; returns what the program says it did, nothing when all was so already."""
+        answer: dict[str, Any] = json.loads(run(sys.executable, str(PROGRAM), command, str(self.directory), *words))
+        assert answer["changed"] == bool(answer["did"])
+        return list(answer["did"])
+
+    def hears(self, host: str, other: str) -> bool:
+        """Whether an answer of `other` reaches `host`."""
+        return "1 received" in run(
+            "ssh", "-F", str(self.directory / "ssh_config"), host, f"ping -c 1 -W 1 {self.hosts[other]}", check=False
+        )
+
+    def reachable(self, host: str) -> bool:
+        command = ["ssh", "-F", str(self.directory / "ssh_config"), "-o", "ConnectTimeout=2", host, "true"]
+        return subprocess.run([*SUDO, *command], capture_output=True, check=False).returncode == 0
+
     def traces(self, bridge: str) -> dict[str, str]:
         """What is left of the lab on this machine, by kind."""
         commands = run("ps", "axww", "-o", "args").splitlines()
@@ -132,6 +148,68 @@ def test_reboot_and_power_cut(lab: Lab) -> None:
         assert time.monotonic() < deadline, done
         time.sleep(0.2)
     assert lab.up()["changed"] is False
+
+
+def test_a_host_that_lost_power_comes_back_with_its_disk(lab: Lab) -> None:
+    lab.up()
+    host, other = lab.hosts
+    written = "echo 192.0.2.1 elsewhere >> /etc/hosts; echo kept > /root/kept; systemctl mask --quiet cron.service"
+    before = lab.ssh(host, f"{written}; touch /run/lost; cat /etc/machine-id /proc/sys/kernel/random/boot_id")
+    assert lab.fault("power-off", host) == [f"switched {host} off"]
+    assert lab.fault("power-off", host) == []
+    assert not lab.reachable(host)
+    assert lab.reachable(other)
+    assert lab.fault("power-on", host) == [f"booted {host}"]
+    assert lab.fault("power-on", host) == []
+    now = lab.ssh(host, "cat /etc/machine-id; grep -c elsewhere /etc/hosts; cat /root/kept; ls /run/lost 2>/dev/null || true")
+    assert now.split() == [before.split()[0], "1", "kept"]
+    assert lab.ssh(host, "systemctl is-system-running").strip() == "running"
+    lab.fault("power-off", host)
+    refused = run(sys.executable, str(PROGRAM), "cut", str(lab.directory), host, check=False)
+    assert f"{host} is off: `lab.py power-on {lab.directory} {host}` boots it" in refused
+    refused = run(sys.executable, str(PROGRAM), "cut", str(lab.directory), "nobody", check=False)
+    assert f"lab {lab.name} has no host nobody; it has {host}, {other}" in refused
+    assert "there is no lab in /nowhere" in run(sys.executable, str(PROGRAM), "cut", "/nowhere", host, check=False)
+    assert lab.up()["did"] == [f"booted {host}"]
+
+
+def test_a_renewed_host_is_empty_and_trusted_as_before(lab: Lab) -> None:
+    lab.up()
+    host, other = lab.hosts
+    before = lab.ssh(host, "touch /root/old; cat /etc/machine-id").strip()
+    lab.ssh(other, "touch /root/old")
+    assert lab.fault("renew", host) == [f"emptied {host}", f"booted {host}"]
+    assert lab.ssh(host, "ls /root; hostname").split() == [host]
+    assert lab.ssh(host, "cat /etc/machine-id").strip() not in {"", before}
+    assert lab.ssh(other, "ls /root").split() == ["old"]
+
+
+def test_cut_links_and_lost_packets(lab: Lab) -> None:
+    lab.up()
+    host, other = lab.hosts
+    assert lab.fault("cut", host) == [f"cut {host}"]
+    assert lab.fault("cut", host) == []
+    assert not lab.reachable(host)
+    assert lab.reachable(other)
+    assert lab.fault("join", host) == [f"joined {host}"]
+    assert lab.fault("join", host) == []
+    assert lab.hears(host, other)
+    # one way only: the controller still reaches the host, which no longer hears the other
+    assert lab.fault("drop", host, "--from", other) == [f"{host} loses what comes from {other}"]
+    assert lab.fault("drop", host, "--from", other) == []
+    assert lab.reachable(host)
+    assert not lab.hears(host, other)
+    count = 'ip -s -json link show host0 | python3 -c \'import json, sys; print(json.load(sys.stdin)[0]["stats64"]["rx"]["packets"])\''
+    before = int(lab.ssh(other, count))
+    lab.ssh(host, f"ping -q -c 50 -i 0.002 -W 1 {lab.hosts[other]} || true")
+    assert int(lab.ssh(other, count)) - before >= 50, "what the host sends still arrives"
+    assert lab.fault("heal", host) == [f"healed {host}"]
+    assert lab.fault("heal", host) == []
+    assert lab.hears(host, other)
+    lab.fault("drop", host, "--from", other)
+    lab.fault("cut", other)
+    assert lab.up()["did"] == [f"healed {host}", f"joined {other}"]
+    assert lab.hears(host, other)
 
 
 def test_labs_live_side_by_side(lab: Lab, other: Lab) -> None:
