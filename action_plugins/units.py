@@ -52,7 +52,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             }
             result.update(self._execute_module("units", module_args=sent, task_vars=task_vars))
         else:
-            result.update(changed=False, changed_units=[], started=[], restarted=[], reloaded=[], waiting=[])
+            result.update(changed=False, changed_units=[], started=[], restarted=[], reloaded=[], due=[], waiting=[])
         shown = {"units": [dict(unit) for unit in args["units"]], "changed_files": changed_files}
         result["invocation"] = {"module_args": {**shown, "timeout_seconds": timeout}}
         return result

@@ -70,6 +70,12 @@ options:
           - Left alone when it is not given.
         type: str
         choices: [started, stopped, absent]
+      restart:
+        description: Whether the module restarts the unit when its running process has not seen the present content of its
+          files. V(false) leaves it running and names it in RV(due), for a task that restarts members of a cluster one after
+          another; it stays due in later runs until something has restarted it. Starting and reloading are not affected.
+        type: bool
+        default: true
       restart_on:
         description: Files whose content the process reads when it starts. It is restarted when it has not seen their
           present content. Its unit file and drop-in, and those of its template, always count. A file may not exist yet.
@@ -141,6 +147,11 @@ reloaded:
   returned: always
   type: list
   elements: str
+due:
+  description: The running units with O(units[].restart=false) that need a restart. They alone change nothing.
+  returned: always
+  type: list
+  elements: str
 waiting:
   description: The units that were left stopped because their O(units[].requires_path) does not exist.
   returned: always
@@ -181,6 +192,7 @@ from ansible.module_utils.evenkeel_host import (
 from ansible.module_utils.evenkeel_units import (
     CLOCK_MARGIN_SECONDS,
     PROPERTIES,
+    UNSEEN,
     Live,
     Plan,
     Record,
@@ -218,6 +230,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
             "enabled": {"type": "bool"},
             "masked": {"type": "bool"},
             "state": {"type": "str", "choices": ["started", "stopped", "absent"]},
+            "restart": {"type": "bool", "default": True},
             "restart_on": {"type": "list", "elements": "str"},
             "reload_on": {"type": "list", "elements": "str"},
             "requires_path": {"type": "str"},
@@ -305,6 +318,7 @@ class Unit:
             enabled=raw.get("enabled"),
             masked=raw.get("masked"),
             state=self.state,
+            restart=raw.get("restart", True),
             restart_on=tuple(raw.get("restart_on") or ()),
             reload_on=tuple(raw.get("reload_on") or ()),
             requires_path=raw.get("requires_path"),
@@ -414,7 +428,10 @@ class Unit:
     def record(self, live: Live) -> None:
         """Keep what the running process has seen."""
         paths = sorted({*definition_paths(self.name), *self.wanted.restart_on, *self.wanted.reload_on})
-        value = {"invocation": live.invocation, "files": {path: trigger(path).digest for path in paths}}
+        files = {path: UNSEEN if path in self.plan.unseen else trigger(path).digest for path in paths}
+        if read_record(self.name) == Record(files, live.invocation):
+            return
+        value = {"invocation": live.invocation, "files": files}
         path = record_path(self.name)
         if not os.path.isdir(os.path.dirname(os.path.dirname(path))):
             make_directory(os.path.dirname(os.path.dirname(path)), DIRECTORY_ATTRIBUTES)
@@ -610,7 +627,7 @@ class Run:
         for unit in units:
             if unit.state == "started" and not unit.plan.run and not unit.plan.join and unit.live.running:
                 record = read_record(unit.name)
-                if record is None or record.invocation != unit.live.invocation:
+                if record is None or record.invocation != unit.live.invocation or unit.plan.unseen:
                     unit.record(unit.live)
 
     def _job(self, unit: Unit, verb: str) -> None:
@@ -675,6 +692,7 @@ def main() -> None:
         touched = [unit.name for unit in units if unit.name in run.touched]
         module.fail_json(msg=str(error), changed=bool(touched), changed_units=touched)
     changed = [unit.name for unit in units if unit.changed]
+    run.done["due"] = [unit.name for unit in units if unit.plan.unseen]
     if module.check_mode:
         for verb, key in (("start", "started"), ("restart", "restarted"), ("reload", "reloaded")):
             run.done[key] = [unit.name for unit in units if unit.plan.run == verb]

@@ -28,6 +28,7 @@ KEYS = (
     "enabled",
     "masked",
     "state",
+    "restart",
     "restart_on",
     "reload_on",
     "requires_path",
@@ -50,6 +51,7 @@ PROPERTIES = (
     "NRestarts",
     "ConditionResult",
 )
+UNSEEN = "unseen"  # kept for a file that the running process is known not to have seen
 CLOCK_MARGIN_SECONDS = 0.05  # a file's change time comes from a coarser clock than a unit's start time
 
 _NAME = re.compile(
@@ -124,6 +126,7 @@ class Wanted:
     enabled: bool | None = None
     masked: bool | None = None
     state: str | None = None
+    restart: bool = True
     restart_on: tuple[str, ...] = ()
     reload_on: tuple[str, ...] = ()
     requires_path: str | None = None
@@ -139,6 +142,7 @@ class Plan:
     unmask: bool = False
     run: str = ""  # start, restart, reload or stop
     reasons: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)  # files for which a restart is due that others shall make
     waiting: bool = False
     join: bool = False  # it is on its way up: wait for it, which changes nothing
 
@@ -277,21 +281,40 @@ def _plan_running(
     changed_files: Collection[str],
 ) -> None:
     definition = definition_paths(wanted.name)
-    if definition_changes:
-        plan.run, plan.reasons = "restart", ["its definition"]
-        return
+    read_at_start = [*wanted.restart_on, *wanted.reload_on]
+    restart: list[str] = []
+    reload: list[str] = []
+    reasons: list[str] = []
     if record is None:
-        if wanted.restart_on or wanted.reload_on or any(triggers[path].digest != "absent" for path in definition):
-            plan.run, plan.reasons = "restart", ["it was started by something else"]
+        if read_at_start or any(triggers[path].digest != "absent" for path in definition):
+            restart, reasons = [*definition, *read_at_start], ["it was started by something else"]
+    else:
+        restart = [path for path in definition if definition_is_stale(path, triggers[path], record, live)]
+        restart += [path for path in wanted.restart_on if is_stale(path, triggers[path], record, live, changed_files)]
+        reload = [path for path in wanted.reload_on if is_stale(path, triggers[path], record, live, changed_files)]
+        if not live.can_reload:
+            restart, reload = restart + reload, []
+        reasons = restart
+    if definition_changes:
+        restart, reasons = [*definition, *restart], ["its definition"]
+    if restart and wanted.restart:
+        plan.run, plan.reasons = "restart", reasons
         return
-    stale = [path for path in definition if record.digests.get(path, "absent") != triggers[path].digest]
-    stale += [path for path in wanted.restart_on if is_stale(path, triggers[path], record, live, changed_files)]
-    if stale:
-        plan.run, plan.reasons = "restart", stale
-        return
-    stale = [path for path in wanted.reload_on if is_stale(path, triggers[path], record, live, changed_files)]
-    if stale:
-        plan.run, plan.reasons = ("reload" if live.can_reload else "restart"), stale
+    plan.unseen = restart
+    if reload:
+        plan.run, plan.reasons = "reload", reload
+
+
+def definition_is_stale(path: str, now: Trigger, record: Record, live: Live) -> bool:
+    """Say whether the running process was started by another definition than the present one.
+
+    A process that something else started later was started by what systemd had read then: by a file that is older than itself, if
+    systemd has read it since.
+    """
+    if record.digests.get(path, "absent") == now.digest:
+        return False
+    same_process = record.invocation == live.invocation
+    return same_process or live.needs_reload or now.changed_at + CLOCK_MARGIN_SECONDS > live.started_at
 
 
 def is_stale(path: str, now: Trigger, record: Record, live: Live, changed_files: Collection[str]) -> bool:
@@ -340,7 +363,7 @@ def check_unit(entry: Any) -> list[str]:
         return [*problems, "needs name, a whole unit name such as etcd.service"]
     if given.get("state") not in (None, *STATES):
         problems.append(f"state must be one of {', '.join(STATES)}; it is {given['state']!r}")
-    for key in ("enabled", "masked"):
+    for key in ("enabled", "masked", "restart"):
         if key in given and not isinstance(given[key], bool):
             problems.append(f"{key} must be true or false")
     problems += _check_sources(given)
@@ -392,7 +415,7 @@ def _check_paths(given: Mapping[str, Any]) -> list[str]:
     if "requires_path" in given and not _is_path(given["requires_path"]):
         problems.append(f"requires_path: {given['requires_path']!r} is not an absolute path")
     if given.get("state") != "started":
-        needless = [key for key in ("restart_on", "reload_on", "requires_path") if given.get(key)]
+        needless = [key for key in ("restart", "restart_on", "reload_on", "requires_path") if given.get(key) not in (None, [], "")]
         problems += [f"{key} has no meaning without state: started" for key in needless]
     return problems
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,6 +44,8 @@ def test_accepts(entry: dict[str, Any]) -> None:
         ({"name": "a.service"}, "says nothing about the unit"),
         ({"name": "a.service", "state": "restarted"}, "state must be one of started, stopped, absent"),
         ({"name": "a.service", "enabled": "yes"}, "enabled must be true or false"),
+        ({"name": "a.service", "state": "started", "restart": "no"}, "restart must be true or false"),
+        ({"name": "a.service", "enabled": True, "restart": False}, "restart has no meaning without state: started"),
         ({"name": "a.service", "templates": "x"}, "unknown key 'templates'"),
         ({"name": "a.service", "template": "x", "content": "y"}, "has template and content"),
         ({"name": "a.service", "content": " "}, "content must be a non-empty text"),
@@ -179,6 +182,56 @@ def test_a_process_that_started_later_has_seen_older_files() -> None:
     newer = {**triggers(), CONF: Trigger("h1", 1000.0)}
     assert plan(other, SAME, newer).run == "restart", "put right by the files module after the process had started"
     assert plan(RUNNING, SAME, newer).run == "", "the same process has seen this content"
+
+
+def test_a_process_that_started_later_was_started_by_the_definition_of_then() -> None:
+    other = dataclasses.replace(RUNNING, invocation="two")
+    known = Record({CONF: "h1", "/etc/systemd/system/etcd.service": "u1"}, "one")
+    assert plan(other, known, triggers(unit="u2")).run == "", "an operator or a crash restarted it after the definition was written"
+    assert plan(other, known, triggers()).run == "", "the definition went away before"
+    assert plan(dataclasses.replace(other, needs_reload=True), known, triggers(unit="u2")).run == "restart", "systemd had not read it"
+    newer = {**triggers(), "/etc/systemd/system/etcd.service": Trigger("u2", 1000.0)}
+    assert plan(other, known, newer).run == "restart"
+
+
+def test_a_restart_that_others_make_is_due_until_it_is_made() -> None:
+    able = dataclasses.replace(RUNNING, can_reload=True)
+    unit = "/etc/systemd/system/etcd.service"
+    done = plan(able, SAME, triggers(conf="h2"), restart=False)
+    assert (done.run, done.unseen, done.changes) == ("", [CONF], False)
+    done = plan(able, SAME, definition_changes=True, restart=False)
+    assert (done.run, unit in done.unseen) == ("", True)
+    done = plan(able, None, restart=False)
+    assert (done.run, CONF in done.unseen) == ("", True)
+    # a reload is made all the same
+    done = plan(able, SAME, triggers(conf="h2"), definition_changes=True, restart=False, restart_on=(), reload_on=(CONF,))
+    assert (done.run, done.reasons, CONF in done.unseen) == ("reload", [CONF], False)
+    done = plan(RUNNING, SAME, triggers(conf="h2"), restart=False, restart_on=(), reload_on=(CONF,))
+    assert (done.run, done.unseen) == ("", [CONF]), "it cannot reload"
+    # what is kept then makes it due again, until another process has seen the files
+    kept = Record({CONF: evenkeel_units.UNSEEN, unit: evenkeel_units.UNSEEN}, "one")
+    assert plan(able, kept, triggers(unit="u"), restart=False).unseen == [unit, CONF]
+    assert not plan(dataclasses.replace(able, invocation="two"), kept, triggers(unit="u"), restart=False).unseen
+    # a unit that does not run is started
+    assert plan(dataclasses.replace(RUNNING, active="failed"), SAME, triggers(conf="h2"), restart=False).run == "start"
+
+
+def test_what_is_due_is_kept_in_the_record(library: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    units = library["units"]
+    path = tmp_path / "records" / "etcd.json"
+    monkeypatch.setattr(units, "record_path", lambda name: str(path))
+    monkeypatch.setattr(units, "RECORD_DIRECTORY_ATTRIBUTES", units.Attributes(os.getuid(), os.getgid(), 0o700))
+    monkeypatch.setattr(units, "RECORD_ATTRIBUTES", units.Attributes(os.getuid(), os.getgid(), 0o600))
+    conf, key = tmp_path / "conf", tmp_path / "key"
+    conf.write_text("a")
+    key.write_text("b")
+    unit = units.Unit({"name": "etcd.service", "state": "started", "restart": False, "restart_on": [str(conf), str(key)], "writes": []})
+    unit.plan.unseen = [str(conf)]
+    unit.record(RUNNING)
+    record = units.read_record("etcd.service")
+    assert record.digests[str(conf)] == evenkeel_units.UNSEEN
+    assert record.digests[str(key)] == units.trigger(str(key)).digest
+    assert record.invocation == RUNNING.invocation
 
 
 def test_changed_files_of_the_task_before() -> None:
