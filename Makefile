@@ -51,6 +51,9 @@ unit: setup ## the fast tests that need no host
 proof: ## 4,000 accepted jobs while workers, broker, databases and web are killed: none lost, none done twice (about 5 minutes)
 	@bin/proof
 
+soak: setup ## ten minutes of writes, requests and jobs on the full topology, two random faults every two minutes (after make lab)
+	@bin/soak
+
 bench: ## the job engine beside plain Celery: jobs in a second, delay from acceptance to start
 	@bin/bench
 
@@ -63,4 +66,4 @@ lock: setup ## resolve requirements.lock again from pyproject.toml
 clean: ## stop and remove every lab host (processes, mounts, bridges, nft rules); keeps secrets, releases and caches
 	@$(SUDO) python3 roles/lab/files/lab.py down --all "$(EVENKEEL_STATE)"
 
-.PHONY: help setup demo lab lab-down test lint unit proof bench docs lock clean
+.PHONY: help setup demo lab lab-down test lint unit proof soak bench docs lock clean
