@@ -40,6 +40,8 @@ KINDS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
 DONE, FAILED = {"done", "ready", "compiled"}, {"failed"}
 UNREACHABLE = (OSError, http.client.HTTPException)
 ASKED_TWICE = 200
+# Before a request is sent again, when its answer does not say how long to wait.
+PAUSE_SECONDS = 0.2
 
 
 # --- One signed-in person ---------------------------------------------------------------------------------------------
@@ -166,6 +168,7 @@ class Acceptance:
         deadline = time.monotonic() + self.patience_seconds
         why = ""
         while time.monotonic() < deadline:
+            pause = PAUSE_SECONDS
             try:
                 status, body, headers = post(self.person, entry)
                 if 200 <= status < 300:
@@ -177,10 +180,12 @@ class Acceptance:
                     self.person.sign_in()
                 elif status < 500 and status != 429:
                     break
+                else:
+                    pause = max(pause, float(headers.get("Retry-After") or 0))
             except UNREACHABLE as error:
                 why = repr(error)
             next(self.retries)
-            time.sleep(0.2)
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
         raise RuntimeError(f"a {entry['kind']} was not accepted within {self.patience_seconds:g} s: {why}")
 
 
@@ -244,8 +249,13 @@ class Findings:
             self.delays.append(took.total_seconds())
 
 
-def check(person: Person, ledger: Ledger, *, wait_seconds: float, threads: int = 4) -> Findings:
-    """Wait until everything that was accepted is over, and see what became of it."""
+def check(
+    person: Person, ledger: Ledger, *, wait_seconds: float, threads: int = 4, asked_twice: int = ASKED_TWICE
+) -> Findings:
+    """Wait until everything that was accepted is over, and see what became of it.
+
+    `asked_twice` keys are asked for again; where the platform has a rate limit, it must allow so many at once.
+    """
     findings = Findings(accepted=len(ledger.accepted))
     deadline = time.monotonic() + wait_seconds
     waiting = [entry["location"] for entry in ledger.accepted.values()]
@@ -260,7 +270,7 @@ def check(person: Person, ledger: Ledger, *, wait_seconds: float, threads: int =
                 break
             time.sleep(0.5 if waiting else 0)
         findings.lost = waiting
-        keys = list(ledger.accepted)[:: max(1, len(ledger.accepted) // ASKED_TWICE)]
+        keys = list(ledger.accepted)[:: max(1, -(-len(ledger.accepted) // asked_twice))]
         again = pool.map(lambda key: _same_again(person, ledger, key), keys)
         findings.accepted_twice = [
             ledger.accepted[key]["location"] for key, same in zip(keys, again, strict=True) if not same
