@@ -1,4 +1,5 @@
-"""Render every template of every role for the demo's host, with Ansible's own engine; prints {role: {template: text}} as JSON.
+"""Render every template of every role with Ansible's own engine; prints {role: {template: text}} as JSON. Templates are
+rendered for the demo's host, and those that only several hosts need for hosts of the lab.
 
 python render_templates.py               all of them
 python render_templates.py --text TEXT   one given text, with the same variables
@@ -20,12 +21,15 @@ from ansible.vars.hostvars import HostVars
 from ansible.vars.manager import VariableManager
 
 ROOT = Path(__file__).resolve().parents[2]
+# roles that write more where there are several hosts, and one of the lab's hosts that has them
+LAB_HOSTS = {"proxy": "proxy-1", "redis": "ops-1"}
 # what plays and earlier tasks would have set
 GIVEN = {
     "postgresql_cluster": "core",
     "release_app": "app", "release_archive": "/r", "release_id": "1", "release_sha256": "0",
     "ansible_managed": "Managed by Ansible",
     "ansible_check_mode": False,
+    "ansible_facts": {"default_ipv4": {"interface": "eth0"}},
 }  # fmt: skip
 
 
@@ -46,14 +50,13 @@ def entries(task: dict[str, Any], templar: Templar) -> Iterator[dict[str, Any]]:
                     yield {**entry["drop_in"], "vars": entry.get("vars", {})}
 
 
-def main() -> None:
-    init_plugin_loader()
-    loader = DataLoader()
-    inventory = InventoryManager(loader=loader, sources=[str(ROOT / "inventories/demo")])
+def variables_of(loader: DataLoader, inventory_name: str, host_name: str) -> dict[str, Any]:
+    """What a host's tasks see."""
+    inventory = InventoryManager(loader=loader, sources=[str(ROOT / "inventories" / inventory_name)])
     manager = VariableManager(loader=loader, inventory=inventory)
-    host = inventory.get_host("demo1")
+    host = inventory.get_host(host_name)
     hostvars = HostVars(inventory=inventory, variable_manager=manager, loader=loader)
-    base = {**manager.get_vars(host=host), "hostvars": hostvars, **GIVEN}
+    base: dict[str, Any] = {**manager.get_vars(host=host), "hostvars": hostvars, **GIVEN}
     # what the suite has and the demo need not have: a timer, and a task that a service starts
     timer = {"kind": "timer", "hosts": "worker", "command": ["true"], "on_calendar": "daily"}
     register = {"kind": "task", "hosts": "worker", "command": ["register"], "task_time_limit_seconds": 77, "after": ["probe"]}
@@ -64,13 +67,13 @@ def main() -> None:
         "processes": {**base["app"]["processes"], "nightly": timer, "register": register, "speaks-tls": speaks_tls},
         "bootstrap": {**base["app"]["bootstrap"], "speaks-tls": [{"name": "10-server", "command": ["setup"], "start": ["register"]}]},
     }
-    if "--text" in sys.argv:
-        Templar(loader=loader, variables=base).template(trust_as_template(sys.argv[-1]))
-        return
+    return base
+
+
+def render(loader: DataLoader, base: dict[str, Any], roles: list[str]) -> dict[str, dict[str, str]]:
+    """role -> {template: text} of all that the tasks of these roles would render on this host."""
     texts: dict[str, dict[str, str]] = {}
-    for role in sorted((ROOT / "roles").iterdir()):
-        if role.name == "lab" or not (role / "tasks").is_dir():
-            continue
+    for role in (ROOT / "roles" / name for name in roles):
         scope = {"role_path": str(role)}
         for source in (role / "defaults/main.yml", role / "vars/main.yml"):
             if source.exists():
@@ -89,6 +92,21 @@ def main() -> None:
                         texts.setdefault(role.name, {})[path.name] = str(text)
                         if "units" in task and "name" in entry:
                             texts[role.name][entry["name"]] = str(text)
+    return texts
+
+
+def main() -> None:
+    init_plugin_loader()
+    loader = DataLoader()
+    demo = variables_of(loader, "demo", "demo1")
+    if "--text" in sys.argv:
+        Templar(loader=loader, variables=demo).template(trust_as_template(sys.argv[-1]))
+        return
+    roles = sorted(path.name for path in (ROOT / "roles").iterdir() if path.name != "lab" and (path / "tasks").is_dir())
+    texts = render(loader, demo, roles)
+    for role, host in LAB_HOSTS.items():
+        more = render(loader, variables_of(loader, "lab", host), [role])
+        texts[role] = {**more[role], **texts[role]}
     print(json.dumps(texts))
 
 
