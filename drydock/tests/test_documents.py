@@ -374,6 +374,16 @@ def test_q3_a_refused_result_fails_the_job_at_once_and_keeps_the_reason(
     assert (job.state, job.reason) == ("failed", revision.reason)
 
 
+def test_q8_a_result_that_meets_a_failover_is_compiled_again(
+    answers: tuple[list[tuple[int, str]], list[str]], silent: Document
+) -> None:
+    answers[0].append((503, "DATABASE_UNAVAILABLE"))
+    revision = silent.revisions.get()
+    tasks.perform(kinds.get(service.COMPILE), claimed(revision))
+    job = Job.objects.using("core").get(uuid=revision.job_id)
+    assert (job.state, job.deferred, len(answers[1])) == ("queued", 1, 1)
+
+
 def test_q5_a_compile_whose_storage_is_away_is_tried_again(monkeypatch: pytest.MonkeyPatch, silent: Document) -> None:
     def away(*_: object, **__: object) -> None:
         raise EndpointConnectionError(endpoint_url="s3")

@@ -12,10 +12,10 @@ from django.db import IntegrityError, OperationalError, connections, transaction
 from django.db.models import Sum
 
 from browser import Browser
+from drydock import redis_client
 from drydock.jobs import context, engine, kinds, relay, tasks
 from drydock.jobs.kinds import Kind
 from drydock.jobs.models import Heartbeat, Job, Latency, Tally
-from drydock.operations import broker
 from platform_servers import Servers, wait_for
 
 pytestmark = pytest.mark.usefixtures("servers")
@@ -424,7 +424,7 @@ def test_where_to_listen_is_said_in_one_line_when_it_cannot_be(servers: Servers,
 def test_q8_a_broker_that_was_emptied_takes_the_next_bells(servers: Servers, sign_in: Callable[..., Browser]) -> None:
     """Its routes are gone as well as its messages, and nobody's connection has noticed."""
     person = sign_in()
-    broker.connection().flushall()
+    redis_client.client().flushall()
     export = person.post("/api/exports", {"format": "csv"}).headers["Location"]
     wait_for("the export", lambda: person.get(export).json["state"] == "ready", 60)
     servers.ping()

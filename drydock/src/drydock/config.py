@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
@@ -68,8 +68,12 @@ VARIABLES = {
         Variable("DATABASE_CORE_PASSWORD", "the password for DATABASE_CORE_URL", "<password>"),
         Variable("DATABASE_PLUGINS_URL", "where the plugins database is", "postgresql://drydock@db1:5433/drydock"),
         Variable("DATABASE_PLUGINS_PASSWORD", "the password for DATABASE_PLUGINS_URL", "<password>"),
-        Variable("REDIS_URL", "where the broker is", "rediss://drydock@redis1:6379/0"),
-        Variable("REDIS_PASSWORD", "the password for REDIS_URL", "<password>"),
+        Variable(
+            "REDIS_URL",
+            "where the broker is, or the Sentinels that know",
+            "rediss+sentinel://drydock@redis1:26379,redis2:26379,redis3:26379/main/0",
+        ),
+        Variable("REDIS_PASSWORD", "the password for REDIS_URL, for Redis and for Sentinel alike", "<password>"),
         Variable("REDIS_CA_FILE", "certificate authority of a rediss:// broker", "/etc/ssl/ca.crt", ""),
         Variable("S3_ENDPOINT", "the object storage endpoint", "https://s3.example.org:9000"),
         Variable("S3_BUCKET", "the bucket for PDFs and exports", "drydock"),
@@ -104,6 +108,17 @@ VARIABLES = {
 
 
 @dataclass(frozen=True)
+class RedisAddress:
+    """Where Redis is: one server, or the Sentinels that know which of several is the master (`master` is its name)."""
+
+    tls: bool
+    user: str
+    hosts: tuple[tuple[str, int], ...]
+    database: int
+    master: str = ""
+
+
+@dataclass(frozen=True)
 class Config:
     """The environment, read and checked."""
 
@@ -114,8 +129,8 @@ class Config:
     hsts_seconds: int
     data_dir: Path
     databases: dict[str, dict[str, Any]]
-    redis_url: str
-    redis_tls: bool
+    redis: RedisAddress
+    redis_password: str
     redis_ca_file: str
     s3_endpoint: str
     s3_bucket: str
@@ -166,7 +181,6 @@ class Config:
             number = _whole_number(1)
             return {kind: read(f"DRYDOCK_UPLOAD_{kind.upper()}_{what}", number, 1) for kind in ("photo", "attachment")}
 
-        redis_url = read("REDIS_URL", _redis_url, "")
         config = cls(
             secret_key=read("DRYDOCK_SECRET_KEY", _secret_key, ""),
             internal_token=read("DRYDOCK_INTERNAL_TOKEN", str, ""),
@@ -175,8 +189,8 @@ class Config:
             hsts_seconds=read("DRYDOCK_HSTS_SECONDS", _whole_number(0), 0),
             data_dir=read("DRYDOCK_DATA_DIR", _absolute_path, Path("/")),
             databases={"core": database("CORE"), "plugins": database("PLUGINS")},
-            redis_url=_with_password(redis_url, read("REDIS_PASSWORD", str, "")),
-            redis_tls=redis_url.startswith("rediss://"),
+            redis=read("REDIS_URL", _redis_address, RedisAddress(False, "", (), 0)),
+            redis_password=read("REDIS_PASSWORD", str, ""),
             redis_ca_file=read("REDIS_CA_FILE", _readable_file, ""),
             s3_endpoint=read("S3_ENDPOINT", _http_url, ""),
             s3_bucket=read("S3_BUCKET", str, ""),
@@ -259,20 +273,34 @@ def _engine(text: str) -> str:
     return text
 
 
-def _redis_url(text: str) -> str:
+def _redis_address(text: str) -> RedisAddress:
     parts = urlsplit(text)
-    if parts.scheme not in ("redis", "rediss") or not parts.hostname:
-        raise ValueError("it is not a redis:// or rediss:// URL")
-    if parts.password:
+    scheme, _, sentinel = parts.scheme.partition("+")
+    user, _, hosts = parts.netloc.rpartition("@")
+    if scheme not in ("redis", "rediss") or sentinel not in ("", "sentinel") or not hosts:
+        raise ValueError("it is not a redis://, rediss:// or rediss+sentinel:// URL")
+    if ":" in user:
         raise ValueError("it carries a password; put that into REDIS_PASSWORD")
-    return text
+    if "," in hosts and not sentinel:
+        raise ValueError("it names several hosts: name their Sentinels, as rediss+sentinel://")
+    path = parts.path.strip("/")
+    master, _, database = path.partition("/") if sentinel else ("", "", path)
+    if sentinel and not master:
+        raise ValueError("it does not say which master the Sentinels are asked for")
+    return RedisAddress(
+        tls=scheme == "rediss",
+        user=unquote(user),
+        hosts=tuple(_host_and_port(word, 26379 if sentinel else 6379) for word in hosts.split(",")),
+        database=_whole_number(0)(database or "0"),
+        master=master,
+    )
 
 
-def _with_password(url: str, password: str) -> str:
-    """Put the password into the URL in memory: that is the only way Celery takes one."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=f"{parts.username or ''}:{quote(password, safe='')}@{host}").geturl()
+def _host_and_port(text: str, default: int) -> tuple[str, int]:
+    parts = urlsplit(f"//{text}")
+    if not parts.hostname:
+        raise ValueError(f"{text!r} names no host")
+    return parts.hostname, parts.port or default
 
 
 def _database(url: str) -> dict[str, Any]:
@@ -288,7 +316,7 @@ def _database(url: str) -> dict[str, Any]:
     if not options.get("dbname"):
         raise ValueError("it names no database")
     return {
-        "ENGINE": "django.db.backends.postgresql",
+        "ENGINE": "drydock.postgresql",
         "NAME": options.pop("dbname"),
         "USER": options.pop("user", ""),
         "HOST": options.pop("host", ""),

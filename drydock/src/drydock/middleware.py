@@ -14,7 +14,7 @@ from django.http.response import HttpResponseBase
 from django.utils.functional import SimpleLazyObject
 
 from drydock.jobs import context
-from drydock.operations import web_metrics
+from drydock.operations import errors, web_metrics
 
 if TYPE_CHECKING:
     from drydock.accounts.models import User
@@ -63,6 +63,21 @@ class RequestIdentity:
     def process_view(self, request: HttpRequest, *_: Any) -> None:
         """Name the route as soon as it is known."""
         context.add(route=route_of(request))
+
+
+class DatabaseAway:
+    """Answer 503 where a database is needed and does not serve, as in a failover."""
+
+    def __init__(self, get_response: Callable[[HttpRequest], HttpResponseBase]) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> HttpResponseBase:
+        """Pass everything through."""
+        return self.get_response(request)
+
+    def process_exception(self, request: HttpRequest, error: Exception) -> HttpResponseBase | None:
+        """Say what happened, and when to try again."""
+        return errors.database_away(request, error)
 
 
 class Authentication(AuthenticationMiddleware):

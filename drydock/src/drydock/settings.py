@@ -1,11 +1,10 @@
 """Django's and Celery's settings. What differs between installations comes from the environment (`config.py`)."""
 
-import ssl
 from typing import Any
 
 from kombu import Exchange, Queue
 
-from drydock import config
+from drydock import config, redis_client
 
 CONFIG = config.load()
 
@@ -40,6 +39,7 @@ MIDDLEWARE = [
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
+    "drydock.middleware.DatabaseAway",
     "drydock.uploads.middleware.TemporaryFiles",
     "drydock.uploads.middleware.StorageAway",
     "django.middleware.csrf.CsrfViewMiddleware",
@@ -116,25 +116,23 @@ QUEUES = ("latex.compile", "export")
 LATEX_TASK_TIME_LIMIT_SECONDS = CONFIG.latex_compile_timeout_seconds + 30
 EXPORT_TIME_LIMIT_SECONDS = CONFIG.export_time_limit_seconds
 
-CELERY_BROKER_URL = CONFIG.redis_url
-if CONFIG.redis_tls:
-    CELERY_BROKER_USE_SSL = {
-        "ssl_cert_reqs": ssl.CERT_REQUIRED,
-        "ssl_ca_certs": CONFIG.redis_ca_file or ssl.get_default_verify_paths().cafile,
-    }
+CELERY_BROKER_URL = redis_client.celery_url(CONFIG)
+if CONFIG.redis.tls:
+    CELERY_BROKER_USE_SSL = redis_client.tls(CONFIG)
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
+# A master that lost its replicas or its office refuses commands: that is no reason for a worker to end.
+CELERY_BROKER_CHANNEL_ERROR_RETRY = True
 CELERY_BROKER_TRANSPORT_OPTIONS = {
     # Longer than any task with its drain, or a running task would be handed out a second time.
     "visibility_timeout": int(max(LATEX_TASK_TIME_LIMIT_SECONDS, EXPORT_TIME_LIMIT_SECONDS)) + 300,
     # Without these a dead broker is noticed after minutes.
-    "socket_timeout": 5,
+    "socket_timeout": 3,
     "socket_connect_timeout": 2,
     "socket_keepalive": True,
     "health_check_interval": 10,
-    # How often tasks of lost workers are looked for; the default brings them back only after minutes.
-    "unacked_restore_interval": 5,
     # Pings overtake waiting jobs.
     "queue_order_strategy": "priority",
+    **redis_client.celery_sentinel_options(CONFIG),
 }
 CELERY_TASK_QUEUES = [Queue(name, Exchange("drydock"), routing_key=name) for name in QUEUES]
 CELERY_TASK_DEFAULT_QUEUE = "export"
@@ -143,6 +141,8 @@ CELERY_TASK_DEFAULT_PRIORITY = 3  # on Redis 0 comes first: pings
 CELERY_TASK_ACKS_LATE = True  # a busy worker keeps no bell that an idle one could answer
 CELERY_TASK_REJECT_ON_WORKER_LOST = True  # a bell of a killed worker rings again; its job's attempts are capped
 CELERY_TASK_ACKS_ON_FAILURE_OR_TIMEOUT = True  # what became of a job stands in its row, not in the broker
+# Beside its queue a worker reads one of its own, `<name>@<host>.dq2`, by which its health is asked for.
+CELERY_WORKER_DIRECT = True
 CELERY_WORKER_PREFETCH_MULTIPLIER = 1  # take no bell that another worker could answer now
 CELERY_TASK_IGNORE_RESULT = True  # results live in the job table
 # A worker that loses the broker goes on with the job in hand: its lease is in PostgreSQL, and a bell that is handed

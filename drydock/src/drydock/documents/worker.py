@@ -16,6 +16,7 @@ from drydock.documents import latex
 from drydock.documents.models import Revision, pdf_key
 from drydock.jobs import engine
 from drydock.jobs.models import Job
+from drydock.operations.errors import DATABASE_AWAY
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,9 @@ def apply(report: dict[str, Any]) -> None:
         except urllib.error.HTTPError as error:
             with error:
                 code, message = _problem(error.read(4096))
+            if code == DATABASE_AWAY:
+                # Nobody can end the job now: that says nothing about the result.
+                raise engine.Again(f"the result was not applied: {message}") from error
             if error.code != 409 or code != STALE:
                 raise ApplyError(
                     f"the result was not applied: the web tier answered {error.code} {code} {message}".strip()

@@ -310,6 +310,12 @@ def beat(database: str, name: str) -> None:
     )  # fmt: skip
 
 
+def in_hand(worker: str) -> int:
+    """Return how many jobs this worker has in hand, under leases that it keeps."""
+    held = {"state": Job.State.RUNNING, "worker": worker, "lease_until__gt": Now()}
+    return sum(Job.objects.using(database).filter(**held).count() for database in kinds.databases())
+
+
 def _shard() -> int:
     return random.randrange(Tally.SHARDS)  # noqa: S311 - spreads, and hides nothing
 

@@ -59,7 +59,7 @@ def ring(database: str) -> int:
     with current_app.producer_or_acquire() as producer:
         try:
             return sum(_ring_queue(database, queue, names, producer) for queue in queues)
-        except producer.connection.connection_errors as error:
+        except (*producer.connection.connection_errors, *producer.connection.channel_errors) as error:
             raise BrokerError(str(error)) from error
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 from billiard.exceptions import SoftTimeLimitExceeded
 from celery import shared_task
-from django.db import InterfaceError, OperationalError, close_old_connections
+from django.db import close_old_connections
 
+from drydock import postgresql
 from drydock.jobs import context, engine, kinds, relay
 from drydock.jobs.kinds import Kind
 from drydock.jobs.models import Job
@@ -37,15 +38,16 @@ def perform(kind: Kind, job: Job) -> None:
             engine.fail(kind, job, str(error))
         except SoftTimeLimitExceeded:
             engine.fail(kind, job, kind.time_limit_reason)
-        except (OperationalError, InterfaceError) as error:
-            # Perhaps it was the commit that got lost, and the job is over: then it is fenced.
-            close_old_connections()
-            engine.defer(kind, job, f"the database did not answer: {error}".splitlines()[0])
         except engine.Fenced:
             raise
         except Exception as error:
-            logger.exception("job %s failed", job.uuid)
-            engine.fail(kind, job, f"{type(error).__name__}: {error}".splitlines()[0])
+            if postgresql.is_away(error):
+                # Perhaps it was the commit that got lost, and the job is over: then it is fenced.
+                close_old_connections()
+                engine.defer(kind, job, f"the database did not answer: {error}".splitlines()[0])
+            else:
+                logger.exception("job %s failed", job.uuid)
+                engine.fail(kind, job, f"{type(error).__name__}: {error}".splitlines()[0])
         else:
             if engine.renew(kind, job):
                 engine.fail(kind, job, "its code ended without a result")

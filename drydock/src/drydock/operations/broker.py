@@ -8,46 +8,28 @@ import json
 import secrets
 import time
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
 import redis
+from celery.utils.nodenames import worker_direct
+from django.db import DatabaseError
 from kombu.exceptions import OperationalError
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from drydock import config
+from drydock import redis_client
 from drydock.celery import app
+from drydock.jobs import engine
 
 PING_PRIORITY = 0  # overtakes every waiting job
 ANSWER_KEPT_SECONDS = 60
+PINGS_KEPT = 10
 MAX_TIMEOUT_SECONDS = 30.0
-
-
-@lru_cache(maxsize=1)
-def connection() -> Any:
-    """Return this process's Redis client, safe to share between threads.
-
-    Untyped: redis-py's own types mix its synchronous and its asynchronous answers.
-    """
-    settings = config.load()
-    tls: dict[str, Any] = {"ssl_ca_certs": settings.redis_ca_file or None} if settings.redis_tls else {}
-    return redis.Redis.from_url(
-        settings.redis_url,
-        socket_connect_timeout=2,
-        socket_timeout=2,
-        health_check_interval=10,
-        # Our callers have a time limit and say what is missing; silent retries would only hide it.
-        retry=Retry(NoBackoff(), 0),
-        **tls,
-    )
 
 
 @app.task(bind=True)
 def ping(self: Any, answer_key: str, queue: str) -> None:
     """Answer on the list that the asker watches."""
     answer = json.dumps({"queue": queue, "worker": self.request.hostname})
-    with connection().pipeline() as pipeline:
+    with redis_client.client().pipeline() as pipeline:
         pipeline.rpush(answer_key, answer)
         pipeline.expire(answer_key, ANSWER_KEPT_SECONDS)
         pipeline.execute()
@@ -55,18 +37,44 @@ def ping(self: Any, answer_key: str, queue: str) -> None:
 
 def ping_queues(queues: Iterable[str], timeout_seconds: float) -> dict[str, dict[str, Any]]:
     """Send one ping to each queue, and say for each who answered, and after how long."""
+    return _ping({queue: queue for queue in queues}, timeout_seconds)
+
+
+def ping_worker(name: str, timeout_seconds: float) -> dict[str, Any]:
+    """Send a ping to one worker, by the queue that it alone reads, and say after how long it answered.
+
+    A worker whose processes are all busy answers late. It is as well as the leases of its jobs are kept.
+    """
+    queue = worker_direct(name)
+    result = _ping({name: queue}, timeout_seconds)[name]
+    if result["ok"]:
+        return result
+    try:
+        # Of pings that nobody has taken a few are left, for a while.
+        with redis_client.client().pipeline() as pipeline:
+            pipeline.ltrim(queue.name, 0, PINGS_KEPT - 1)
+            pipeline.expire(queue.name, ANSWER_KEPT_SECONDS)
+            pipeline.execute()
+        if jobs := engine.in_hand(name):
+            return {"ok": True, "worker": name, "jobs": jobs}
+    except (redis.RedisError, DatabaseError) as error:
+        result["error"] += f"; nor is it known whether it is at work ({type(error).__name__})"
+    return result
+
+
+def _ping(queues: dict[str, Any], timeout_seconds: float) -> dict[str, dict[str, Any]]:
     answer_key = f"drydock:ping:{secrets.token_hex(16)}"
     results: dict[str, dict[str, Any]] = {}
     waiting = list(queues)
     started = time.monotonic()
     try:
-        for queue in waiting:
+        for name, queue in queues.items():
             ping.apply_async(
-                args=[answer_key, queue], queue=queue, priority=PING_PRIORITY, expires=timeout_seconds, retry=False
+                args=[answer_key, name], queue=queue, priority=PING_PRIORITY, expires=timeout_seconds, retry=False
             )
         while waiting and (left := timeout_seconds - (time.monotonic() - started)) > 0:
             # Slices shorter than the socket's own time limit.
-            popped = connection().blpop([answer_key], timeout=min(left, 1.0))
+            popped = redis_client.client().blpop([answer_key], timeout=min(left, 1.0))
             if popped:
                 answer = json.loads(popped[1])
                 waiting.remove(answer["queue"])
@@ -76,6 +84,6 @@ def ping_queues(queues: Iterable[str], timeout_seconds: float) -> dict[str, dict
         silence = f"the broker does not answer ({type(error).__name__})"
     else:
         silence = f"no worker answered on this queue within {timeout_seconds:g} s"
-    for queue in waiting:
-        results[queue] = {"ok": False, "error": silence}
+    for name in waiting:
+        results[name] = {"ok": False, "error": silence}
     return results

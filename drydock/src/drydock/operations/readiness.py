@@ -14,11 +14,10 @@ from django.db import DatabaseError, connections
 from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.recorder import MigrationRecorder
 
-from drydock import config, storage
+from drydock import config, redis_client, storage
 from drydock.jobs import kinds
 from drydock.jobs.metrics import relay_age
 from drydock.jobs.relay import STALLED_SECONDS
-from drydock.operations.broker import connection
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ def _relay(alias: str) -> None:
 
 def _redis() -> None:
     try:
-        connection().ping()
+        redis_client.client().ping()
     except redis.RedisError as error:
         logger.warning("redis: %s", error)
         raise MissingError(f"it does not answer ({type(error).__name__}); the log has the details") from error

@@ -9,12 +9,13 @@ import json
 import os
 import ssl
 import sys
-import urllib.error
-import urllib.request
+from contextlib import closing
 from enum import StrEnum
 from typing import Any
+from urllib.parse import urlsplit
 
 TIMEOUT_SECONDS = 8.0
+CONNECT_SECONDS = 3.0
 
 
 class State(StrEnum):
@@ -44,6 +45,8 @@ class Client:
 
     def __init__(self, url: str, token: str, ca_file: str = "") -> None:
         self.url = url.rstrip("/")
+        parts = urlsplit(self.url)
+        self.host, self.path = parts.netloc, parts.path
         self.token = token
         self.tls = ssl.create_default_context(cafile=ca_file or None) if url.startswith("https://") else None
         self.session = ""
@@ -89,28 +92,34 @@ class Client:
         return self._send(method, path, self.session, body)
 
     def _send(self, method: str, path: str, bearer: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        request = urllib.request.Request(  # noqa: S310 - the configuration allows http and https only
-            self.url + path, json.dumps(body).encode() if body is not None else None, method=method
-        )
-        request.add_header("Content-Type", "application/json")
-        if bearer:
-            request.add_header("Authorization", f"Bearer {bearer}")
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {bearer}"} if bearer else {})
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS, context=self.tls) as response:  # noqa: S310
-                return dict(json.loads(response.read()))
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._refusal(error) from error
+            with closing(self._connect()) as connection:
+                connection.request(
+                    method, self.path + path, json.dumps(body).encode() if body is not None else None, headers
+                )
+                response = connection.getresponse()
+                content = response.read()
+            if response.status < 400:
+                return dict(json.loads(content))
         except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise ProcessorError("UNREACHABLE", f"the script processor {self.url} does not answer: {reason}") from error
-
-    def _refusal(self, error: urllib.error.HTTPError) -> ProcessorError:
+            raise ProcessorError("UNREACHABLE", f"the script processor {self.url} does not answer: {error}") from error
         try:
-            answer = json.loads(error.read(4096))
-            return ProcessorError(str(answer["code"]), str(answer["message"]))
-        except (OSError, ValueError, TypeError, LookupError, http.client.HTTPException):
-            return ProcessorError("UNREACHABLE", f"the script processor {self.url} answers {error.code}")
+            answer = json.loads(content)
+            raise ProcessorError(str(answer["code"]), str(answer["message"]))
+        except (ValueError, TypeError, LookupError) as error:
+            raise ProcessorError("UNREACHABLE", f"the script processor {self.url} answers {response.status}") from error
+
+    def _connect(self) -> http.client.HTTPConnection:
+        """Connect, and fail soon where a host is gone: there may be another one to ask."""
+        connection: http.client.HTTPConnection
+        if self.tls:
+            connection = http.client.HTTPSConnection(self.host, timeout=CONNECT_SECONDS, context=self.tls)
+        else:
+            connection = http.client.HTTPConnection(self.host, timeout=CONNECT_SECONDS)
+        connection.connect()
+        connection.sock.settimeout(TIMEOUT_SECONDS)
+        return connection
 
 
 def check(url: str, token: str, ca_file: str, needed: list[str]) -> str:

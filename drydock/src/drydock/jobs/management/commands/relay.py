@@ -2,14 +2,23 @@
 
 import http.server
 import json
+import re
 import signal
 import threading
 from typing import Any
 
+from celery.utils.nodenames import gethostname, nodename
 from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import connections
+from django.utils.crypto import constant_time_compare
 
+from drydock.config import load
 from drydock.jobs.listening import address_and_port
 from drydock.jobs.relay import STALLED_SECONDS, Relay
+from drydock.operations import broker
+
+WORKER = re.compile(r"[A-Za-z0-9._-]{1,64}")
+PING_SECONDS = 5.0
 
 
 class Command(BaseCommand):
@@ -19,7 +28,9 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Say where the health check is answered."""
-        parser.add_argument("--listen", type=address_and_port, metavar="ADDRESS:PORT", help="answer GET /health here")
+        parser.add_argument(
+            "--listen", type=address_and_port, metavar="ADDRESS:PORT", help="answer GET /health and /ping/<worker> here"
+        )
 
     def handle(self, *_: Any, listen: tuple[str, int] | None, **__: Any) -> None:
         """Work until a signal ends it."""
@@ -38,16 +49,41 @@ class Command(BaseCommand):
 def _handler(relay: Relay) -> type[http.server.BaseHTTPRequestHandler]:
     class Health(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            stalled = relay.stalled()
-            status = {"status": "stalled" if stalled else "alive", "databases": sorted(relay.passed)}
-            if stalled:
-                status["message"] = f"no pass over {', '.join(stalled)} has succeeded for {STALLED_SECONDS:g} s"
-            self.send_response(503 if stalled else 200)
+            path, _, worker = self.path.removeprefix("/").partition("/")
+            if path == "health" and not worker:
+                self._answer(*_health(relay))
+            elif path != "ping" or not WORKER.fullmatch(worker):
+                self._answer(404, {"code": "NOT_FOUND", "message": "There are /health and /ping/<name of a worker>."})
+            elif not constant_time_compare(self.headers.get("Authorization", ""), f"Bearer {load().internal_token}"):
+                self._answer(401, {"code": "UNAUTHORIZED", "message": "The bearer token is missing or wrong."})
+            else:
+                self._answer(*_ping(worker))
+
+        def _answer(self, status: int, body: dict[str, Any]) -> None:
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.end_headers()
-            self.wfile.write(json.dumps(status).encode())
+            self.wfile.write(json.dumps(body).encode())
 
         def log_message(self, *_: object) -> None:
             """Stay silent: it is asked every few seconds."""
 
     return Health
+
+
+def _health(relay: Relay) -> tuple[int, dict[str, Any]]:
+    status: dict[str, Any] = {"status": "alive", "databases": sorted(relay.passed)}
+    if stalled := relay.stalled():
+        message = f"no pass over {', '.join(stalled)} has succeeded for {STALLED_SECONDS:g} s"
+        status |= {"status": "stalled", "message": message}
+    return 503 if stalled else 200, status
+
+
+def _ping(worker: str) -> tuple[int, dict[str, Any]]:
+    """Ask the worker of this name on this host, through the broker."""
+    try:
+        result = broker.ping_worker(nodename(worker, gethostname()), PING_SECONDS)
+    finally:
+        # This thread's own.
+        connections.close_all()
+    return 200 if result["ok"] else 503, result
