@@ -14,7 +14,7 @@ class RefusedError(OSError):
 class Connection:
     """One connection, signed in."""
 
-    def __init__(self, address: str, port: int, tls: ssl.SSLContext, user: str, password: str, *, limit_seconds: float = 2) -> None:
+    def __init__(self, address: str, port: int, tls: ssl.SSLContext, user: str, password: str, *, limit_seconds: float = 1) -> None:
         plain = socket.create_connection((address, port), timeout=limit_seconds)
         try:
             self._socket = tls.wrap_socket(plain, server_hostname=address)

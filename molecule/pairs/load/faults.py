@@ -32,13 +32,13 @@ class Fault:
     promise: tuple[str, float] | None = None
 
 
-def kill(platform: Platform, host: str, unit: str, signal: str = "KILL") -> None:
-    """Send a signal to every process of a unit; its main process is another afterwards, or stopped."""
+def kill(platform: Platform, host: str, unit: str, signal: str = "KILL", whom: str = "all") -> None:
+    """Send a signal to processes of a unit (`main` or `all`); its main process is gone or another afterwards, or stopped."""
     show = f"systemctl show --property MainPID --value {unit}"
     test = '[ "$after" != "$before" ]' if signal == "KILL" else "grep -q '^State:.*T' /proc/$before/status"
     platform.ssh(
         host,
-        f"before=$({show}); [ $before -gt 1 ] && systemctl kill --signal={signal} {unit} && "
+        f"before=$({show}); [ $before -gt 1 ] && systemctl kill --signal={signal} --kill-whom={whom} {unit} && "
         f"for i in $(seq 100); do sleep 0.1; after=$({show}); {test} && exit; done; echo {unit} did not notice >&2; exit 1",
     )
 
@@ -96,7 +96,7 @@ def postmaster_killed(cluster: str, platform: Platform) -> Iterator[str]:
 @contextmanager
 def patroni_killed(cluster: str, platform: Platform) -> Iterator[str]:
     host = platform.primary(cluster)
-    kill(platform, host, f"patroni@{cluster}")
+    kill(platform, host, f"patroni@{cluster}", whom="main")
     yield host
 
 
@@ -184,14 +184,16 @@ def clock_ahead(cluster: str, platform: Platform) -> Iterator[str]:
 
 @contextmanager
 def voters_stopped(number: int, platform: Platform) -> Iterator[str]:
-    hosts = platform.hosts_of("etcd")[-number:]
+    """The leader among the voters is stopped, and as many more as make up the number."""
+    leader = platform.etcd_leader()
+    voters = sorted(platform.hosts_of("etcd"), key=lambda host: host != leader)
+    hosts, witness = voters[:number], voters[-1]
     try:
         for host in hosts:
             kill(platform, host, "etcd")
             platform.ssh(host, "systemctl stop etcd", limit_seconds=120)
-        first = platform.hosts_of("etcd")[0]
-        majority = number * 2 < len(platform.hosts_of("etcd"))
-        until(f"etcd on {first} to notice", lambda: platform.etcd_healthy(first) == majority, 30)
+        majority = number * 2 < len(voters)
+        until(f"etcd on {witness} to notice", lambda: platform.etcd_healthy(witness) == majority, 30)
         yield ", ".join(hosts)
     finally:
         for host in hosts:
