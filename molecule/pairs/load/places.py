@@ -159,9 +159,8 @@ class Platform:
     # --- who leads ---
 
     def ask(self, url: str, bearer: str = "") -> requests.Response:
-        return self._session.get(
-            url, headers={"Authorization": f"Bearer {bearer}"} if bearer else {}, timeout=(2, 8), allow_redirects=False
-        )
+        headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+        return self._session.get(url, headers=headers, timeout=(2, 8), allow_redirects=False)
 
     def member(self, cluster: str, host: str) -> dict[str, Any]:
         """What a cluster's member says of itself at this moment."""
@@ -314,7 +313,10 @@ class Platform:
         """Which voter leads the others."""
         url = f"http://127.0.0.1:{self.topology['ports']['etcd-metrics']}/metrics"
         question = f"curl -s -m 3 {url} | grep -q '^etcd_server_is_leader 1' && echo yes || true"
-        return next(host for host in self.hosts_of("etcd") if self.ssh(host, question) == "yes")
+        for host in self.hosts_of("etcd"):
+            if self.ssh(host, question) == "yes":
+                return host
+        raise LookupError("etcd has no leader")
 
     def _etcd_problems(self) -> list[str]:
         hosts = self.hosts_of("etcd")
