@@ -99,8 +99,6 @@ def main() -> None:
     init_plugin_loader()
     loader = DataLoader()
     demo = variables_of(loader, "demo", "demo1")
-    # and what it has on several hosts only
-    base["redis_members"] = [{"name": name, "address": f"192.0.2.{number}"} for number, name in enumerate(("demo1", "demo2", "demo3"), 1)]
     if "--text" in sys.argv:
         Templar(loader=loader, variables=demo).template(trust_as_template(sys.argv[-1]))
         return
