@@ -5,19 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import importlib.util
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ansible.module_utils.evenkeel_patroni import ConflictError, DeniedError
+from conftest import ROOT, load
 
-PATH = Path(__file__).resolve().parents[2] / "roles" / "postgresql" / "library" / "patroni_cluster.py"
-spec = importlib.util.spec_from_file_location("patroni_cluster", PATH)
-assert spec is not None
-assert spec.loader is not None
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-
+module = load(ROOT / "roles/postgresql/library/patroni_cluster.py")
 WHOLE = ("postgresql", "parameters")
 
 
@@ -66,3 +61,35 @@ def test_password_is_compared_with_its_verifier() -> None:
     assert not module.password_fits("wrong", verifier("right"))
     assert not module.password_fits("right", None)
     assert not module.password_fits("right", "md5d41d8cd98f00b204e9800998ecf8427e")
+
+
+def test_settings_that_another_member_changed_at_the_same_moment_are_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    found = {"ttl": 30, "loop_wait": 10}
+    tried: list[dict[str, Any]] = []
+
+    def order(method: str, path: str, patch: dict[str, Any]) -> None:
+        tried.append(patch)
+        if len(tried) == 1:
+            found.update(ttl=20)
+            raise ConflictError("409")
+        found.update(patch)
+
+    rest = SimpleNamespace(ask=lambda path: dict(found), order=order)
+    wanted = {"ttl": 20, "loop_wait": 5}
+    assert module.bring_in_line(rest, wanted, check_mode=True)[1] == wanted
+    assert tried == []
+    assert module.bring_in_line(rest, wanted, check_mode=False) == ({"ttl": 20, "loop_wait": 10}, {"loop_wait": 5})
+    assert tried == [wanted, {"loop_wait": 5}]
+    assert module.bring_in_line(rest, wanted, check_mode=False)[1] == {}
+
+
+def test_a_password_that_stays_wrong_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RELOAD_SECONDS", 0)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+
+    def order(method: str, path: str, patch: dict[str, Any]) -> None:
+        raise DeniedError("401")
+
+    with pytest.raises(DeniedError):
+        module.bring_in_line(SimpleNamespace(ask=lambda path: {}, order=order), {"ttl": 20}, check_mode=False)

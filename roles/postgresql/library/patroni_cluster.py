@@ -15,30 +15,35 @@ description:
   - It changes nothing that Patroni decides (who is primary, pause, slots, standby cluster) and no setting outside O(settings), except
     PostgreSQL parameters, of which O(settings) is the whole list.
 options:
-  url:
-    description: Base URL of this member's REST API.
-    type: str
+  api:
+    description: How to reach this member's REST API.
+    type: dict
     required: true
-  user:
-    description: User of the REST API.
-    type: str
-    default: patroni
-  password:
-    description: Password of the REST API.
-    type: str
-    required: true
-  ca_file:
-    description: CA of the API's certificate.
-    type: path
-    required: true
-  certificate_file:
-    description: Certificate to show.
-    type: path
-    required: true
-  key_file:
-    description: Its key.
-    type: path
-    required: true
+    suboptions:
+      url:
+        description: Base URL.
+        type: str
+        required: true
+      user:
+        description: User for what changes something.
+        type: str
+        default: patroni
+      password:
+        description: Password for what changes something.
+        type: str
+        required: true
+      ca_file:
+        description: CA of the API's certificate.
+        type: path
+        required: true
+      certificate_file:
+        description: Certificate to show.
+        type: path
+        required: true
+      key_file:
+        description: Its key.
+        type: path
+        required: true
   settings:
     description: Shared settings, as in Patroni's C(bootstrap.dcs).
     type: dict
@@ -57,6 +62,10 @@ options:
     type: list
     elements: dict
     default: []
+  reloaded:
+    description: Whether Patroni was told just now to read its configuration again. The module then waits until that is done everywhere.
+    type: bool
+    default: false
   timeout_seconds:
     description: How long to wait for the cluster.
     type: int
@@ -75,11 +84,12 @@ attributes:
 EXAMPLES = r"""
 - name: Bring the shared settings in line
   patroni_cluster:
-    url: https://db1:8008
-    password: "{{ postgresql_rest_password }}"
-    ca_file: /etc/evenkeel/pki/ca.crt
-    certificate_file: /etc/evenkeel/pki/host.crt
-    key_file: /etc/evenkeel/pki/host.key
+    api:
+      url: https://db1:8008
+      password: "{{ postgresql_rest_password }}"
+      ca_file: /etc/evenkeel/pki/ca.crt
+      certificate_file: /etc/evenkeel/pki/host.crt
+      key_file: /etc/evenkeel/pki/host.key
     settings: {ttl: 20, postgresql: {parameters: {max_connections: 200}}}
     port: 5432
   register: __postgresql_state
@@ -96,6 +106,12 @@ changed_settings:
   type: list
   elements: str
   sample: [postgresql.parameters.work_mem]
+pending:
+  description: Settings whose new values wait for a restart of this member's PostgreSQL.
+  returned: always
+  type: list
+  elements: str
+  sample: [shared_buffers]
 roles:
   description: Names of the roles that are missing or have another password. Empty on a standby.
   returned: always
@@ -114,22 +130,25 @@ import hmac
 import importlib
 import json
 import re
-import ssl
 import time
 import unicodedata
-import urllib.error
-import urllib.request
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.evenkeel_patroni import (
+    API_OPTIONS,
+    POLL_SECONDS,
+    ClusterError,
+    ConflictError,
+    DeniedError,
+    Rest,
+    parse_cluster,
+    pending_of,
+    wait_for,
+)
 
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
-    "url": {"type": "str", "required": True},
-    "user": {"type": "str", "default": "patroni"},
-    "password": {"type": "str", "required": True, "no_log": True},
-    "ca_file": {"type": "path", "required": True},
-    "certificate_file": {"type": "path", "required": True},
-    "key_file": {"type": "path", "required": True, "no_log": False},
+    "api": {"type": "dict", "required": True, "options": API_OPTIONS},
     "settings": {"type": "dict", "required": True},
     "port": {"type": "int", "required": True},
     "roles": {
@@ -150,19 +169,11 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
             "owner": {"type": "str", "required": True},
         },
     },
+    "reloaded": {"type": "bool", "default": False},
     "timeout_seconds": {"type": "int", "default": 120},
 }
-POLL_SECONDS = 0.5
 RELOAD_SECONDS = 15
 SCRAM = re.compile(r"SCRAM-SHA-256\$(\d+):([^$]+)\$([^:]+):(.+)")
-
-
-class ClusterError(Exception):
-    """Something that people must put right; the text is for them."""
-
-
-class DeniedError(ClusterError):
-    """Patroni does not accept the password, or not yet."""
 
 
 def patch_of(wanted: dict[str, Any], found: dict[str, Any], whole: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -204,73 +215,41 @@ def password_fits(password: str, verifier: str | None) -> bool:
     return hmac.compare_digest(hashlib.sha256(client).digest(), stored)
 
 
-class Rest:
-    """Patroni's REST API."""
+def bring_in_line(rest: Rest, settings: dict[str, Any], *, check_mode: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Change the shared settings; return what they were, and the change.
 
-    def __init__(self, params: dict[str, Any]) -> None:
-        self.url: str = params["url"].rstrip("/")
-        context = ssl.create_default_context(cafile=params["ca_file"])
-        context.load_cert_chain(params["certificate_file"], params["key_file"])
-        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
-        token = base64.b64encode(f"{params['user']}:{params['password']}".encode()).decode()
-        self.authorization = f"Basic {token}"
-
-    def ask(self, path: str, patch: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the answer as a dictionary. Patroni answers 503 with a body, too."""
-        request = urllib.request.Request(f"{self.url}{path}")
-        if patch is not None:
-            request.method = "PATCH"
-            request.data = json.dumps(patch).encode()
-            request.add_header("Authorization", self.authorization)
-            request.add_header("Content-Type", "application/json")
-        try:
-            with self.opener.open(request, timeout=10) as response:
-                body = response.read()
-        except urllib.error.HTTPError as error:
-            if patch is not None or error.code != 503:
-                kind = DeniedError if error.code == 401 else ClusterError
-                raise kind(f"Patroni answered {error.code} to {path}: {error.read().decode(errors='replace')[:300]}") from None
-            body = error.read()
-        try:
-            answer = json.loads(body)
-        except ValueError:
-            raise ClusterError(f"Patroni's answer to {path} is not JSON: {body[:200]!r}") from None
-        return answer if isinstance(answer, dict) else {}
-
-
-def send(rest: Rest, patch: dict[str, Any]) -> None:
-    """Change the shared settings. A new password counts only when Patroni has finished its reload: give it some seconds."""
+    A new password counts only when Patroni has finished its reload: give it some seconds. When another member was faster, look again.
+    """
     limit = time.monotonic() + RELOAD_SECONDS
     while True:
+        found = rest.ask("/config")
+        patch = patch_of(settings, found, ("postgresql", "parameters"))
+        if not patch or check_mode:
+            return found, patch
         try:
-            rest.ask("/config", patch)
-            return
-        except DeniedError:
+            rest.order("PATCH", "/config", patch)
+            return found, patch
+        except (ConflictError, DeniedError):
             if time.monotonic() > limit:
                 raise
             time.sleep(POLL_SECONDS)
 
 
-def wait_ready(rest: Rest, seconds: int) -> dict[str, Any]:
-    """Return this member's state once it runs and the cluster has a primary."""
-    limit = time.monotonic() + seconds
-    while True:
-        try:
-            member = rest.ask("/patroni")
-            state = str(member.get("state"))
-            if state in ("running", "streaming"):
-                leaders = [each for each in rest.ask("/cluster").get("members", []) if "leader" in str(each.get("role"))]
-                if leaders and leaders[0].get("state") == "running":
-                    return member
-            seen = f"this member is {state!r}, the cluster has no running primary"
-        except (OSError, ClusterError) as error:
-            seen = f"its REST API at {rest.url} gives no answer ({getattr(error, 'reason', error)})"
-        if time.monotonic() > limit:
-            raise ClusterError(
-                f"the cluster was not ready after {seconds} s: {seen}. Look at `journalctl -u 'patroni@*' -n 50` on this host, and "
-                "whether etcd is healthy."
-            )
-        time.sleep(POLL_SECONDS)
+def wait_ready(rest: Rest, seconds: int) -> None:
+    """Wait until this member runs and the cluster has a primary."""
+
+    def look() -> list[str]:
+        state = str(rest.ask("/patroni").get("state"))
+        leader = parse_cluster(rest.ask("/cluster")).leader
+        missing = [] if state in ("running", "streaming") else [f"this member is {state}"]
+        return missing if leader and leader.takes_part else [*missing, "the cluster has no running primary"]
+
+    missing = wait_for(seconds, look)
+    if missing:
+        raise ClusterError(
+            f"the cluster was not ready after {seconds} s: {', '.join(missing)}. Look at `journalctl -u 'patroni@*' -n 50` on this "
+            "host, and whether etcd is healthy."
+        )
 
 
 def differences(module: AnsibleModule) -> tuple[list[str], list[str]]:
@@ -296,27 +275,18 @@ def differences(module: AnsibleModule) -> tuple[list[str], list[str]]:
 def converge(module: AnsibleModule) -> dict[str, Any]:
     """Do the work of the module."""
     params = module.params
-    nothing: dict[str, Any] = {"changed": False, "primary": False, "changed_settings": [], "roles": [], "databases": []}
+    nothing = {"changed": False, "primary": False, "changed_settings": [], "pending": [], "roles": [], "databases": []}
     try:
-        rest = Rest(params)
-        member = wait_ready(rest, 0 if module.check_mode else params["timeout_seconds"])
+        rest = Rest(params["api"])
+        wait_ready(rest, 0 if module.check_mode else params["timeout_seconds"])
     except (ClusterError, OSError) as error:
         if module.check_mode:
             return {**nothing, "msg": f"not compared: {error}"}
         raise
-    found = rest.ask("/config")
-    patch = patch_of(params["settings"], found, ("postgresql", "parameters"))
-    if patch and not module.check_mode:
-        send(rest, patch)
+    found, patch = bring_in_line(rest, params["settings"], check_mode=module.check_mode)
+    if (patch or params["reloaded"]) and not module.check_mode:
         time.sleep(int(params["settings"].get("loop_wait", 5)) + 1)  # every member reads it within one round
-        member = rest.ask("/patroni")
-    pending = member.get("pending_restart_reason") or {}
-    if member.get("pending_restart"):
-        scope = member.get("patroni", {}).get("scope", "<cluster>")
-        module.warn(
-            f"Cluster {scope}: new values of {', '.join(sorted(pending)) or 'some settings'} wait for a restart of PostgreSQL, which is "
-            f"never done unasked. When an interruption of some seconds is acceptable: patronictl restart {scope} --pending"
-        )
+    member = rest.ask("/patroni")
     primary = member.get("role") in ("primary", "master")
     roles, databases = differences(module) if primary else ([], [])
     result = {
@@ -324,6 +294,7 @@ def converge(module: AnsibleModule) -> dict[str, Any]:
         "changed": bool(patch),
         "primary": primary,
         "changed_settings": names_of(patch),
+        "pending": pending_of(member),
         "roles": roles,
         "databases": databases,
     }
