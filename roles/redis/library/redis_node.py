@@ -98,7 +98,10 @@ SENTINEL = "redis-sentinel.service"
 MASTER = "main"
 ANSWER_SECONDS = 3
 SYNC_SECONDS = 2  # for the replicas to take the last writes
-TAKE_OVER_SECONDS = 10  # for another node to take over while writes are held back
+TAKE_OVER_SECONDS = 10  # for another node to take over
+HOLD_SECONDS = 20  # at most; longer than Sentinel takes to make a replica of a master that has been replaced
+LAG_SECONDS = 2
+ASKS_SECONDS = 11  # a little longer than the time between two questions of a Sentinel
 POLL_SECONDS = 0.5
 
 
@@ -236,8 +239,7 @@ def look(node: Node) -> Seen:
         if alone:
             continue
         try:
-            with node.sentinel(member) as sentinel:
-                seen.sentinels[member] = pairs(sentinel.call("SENTINEL", "MASTER", MASTER))
+            seen.sentinels[member] = watched(node, member)
         except (OSError, NodeError) as error:
             seen.silent[f"Sentinel on {member}"] = reason(error)
     return seen
@@ -324,58 +326,101 @@ def until(seconds: float, what: str, done: Callable[[], Any]) -> Any:
         time.sleep(0.02)
 
 
-def in_sync(info: Mapping[str, str], seconds: int) -> list[str]:
+def in_sync(info: Mapping[str, str]) -> list[str]:
     """Return the replicas that follow closely, by a master's INFO."""
-    return [name for name, each in replicas_of(info).items() if each.get("state") == "online" and int(each.get("lag", "99")) <= seconds]
+    return [name for name, each in replicas_of(info).items() if each.get("state") == "online" and int(each.get("lag", "99")) <= LAG_SECONDS]
 
 
 def step_down(node: Node) -> float:
     """Let another node take over from this one, which is the master; return how long writes were held back.
 
     Writes are held back first, so that the replicas have everything. This node follows the new master at once and does not wait for
-    Sentinel to tell it. Clients are disconnected only when their writes will be accepted elsewhere. The hold ends by itself, whatever
-    happens.
+    Sentinel to tell it. Clients are disconnected only when their writes will be accepted elsewhere. If something fails on the way, the
+    hold is lifted only while nobody else can have become master; otherwise it ends by itself, when Sentinel has sorted it out.
     """
     with contextlib.ExitStack() as stack:
         own = stack.enter_context(node.server(node.name, operator=True))
-        candidates = in_sync(own.info(), 2)
+        candidates = in_sync(own.info())
         if not candidates:
-            raise NodeError(
-                f"{node.name} is the master and no replica is in sync with it: there is nobody to take over. Nothing was changed."
-            )
-        replicas = {name: stack.enter_context(node.server(name)) for name in candidates}
-        sentinels = [stack.enter_context(node.sentinel(name)) for name in [node.name, *candidates]]
+            raise NodeError(f"{node.name} is the master and no replica is in sync with it, so nobody can take over. Nothing was changed.")
+        leader, sentinel = last_sentinel(node, stack)
+        wait_moment(sentinel)
         began = time.monotonic()
-        own.call("CLIENT", "PAUSE", int((SYNC_SECONDS + TAKE_OVER_SECONDS) * 1000), "WRITE")
+        own.call("CLIENT", "PAUSE", HOLD_SECONDS * 1000, "WRITE")
         try:
             written = int(own.info()["master_repl_offset"])
-            until(SYNC_SECONDS, "the last writes' way to the replicas", lambda: all(offset(each) >= written for each in replicas.values()))
-            sentinels[0].call("SENTINEL", "FAILOVER", MASTER)
-            new = until(TAKE_OVER_SECONDS, "the election of a new master", lambda: new_master(replicas))
-            own.call("REPLICAOF", new, node.port)
-            until(TAKE_OVER_SECONDS, f"the start of replication from {new}", lambda: in_sync(replicas[new].info(), 2))
-            until(TAKE_OVER_SECONDS, f"the Sentinels' agreement on {new}", lambda: all(named(each) == new for each in sentinels))
-            own.call("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-            own.call("CLIENT", "KILL", "TYPE", "pubsub")
-        finally:
+            until(SYNC_SECONDS, "sending the last writes", lambda: all(offset(node, each) >= written for each in candidates))
+            sentinel.call("SENTINEL", "FAILOVER", MASTER)
+        except BaseException:
             own.call("CLIENT", "UNPAUSE")
-        return time.monotonic() - began
+            raise
+        new = until(TAKE_OVER_SECONDS, "the election of a new master", lambda: new_master(node, candidates))
+    with node.server(node.name, operator=True) as own:  # Sentinel disconnects everybody from a node that it tells whom to follow
+        own.call("REPLICAOF", new, node.port)
+        until(TAKE_OVER_SECONDS, f"the start of replication from {new}", lambda: in_sync(info_of(node, new)))
+        asked = [each for each in [node.name, *candidates] if each != leader]
+        until(TAKE_OVER_SECONDS, f"the Sentinels' agreement on {new}", lambda: agreed(node, asked, new))
+    with node.server(node.name, operator=True) as own:
+        own.call("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        own.call("CLIENT", "KILL", "TYPE", "pubsub")
+        own.call("CLIENT", "UNPAUSE")
+    return time.monotonic() - began
 
 
-def offset(server: Connection) -> int:
+def last_sentinel(node: Node, stack: contextlib.ExitStack) -> tuple[str, Connection]:
+    """Connect to the last Sentinel that answers. The one that leads names the new master last: it should be the last that clients ask."""
+    for member in reversed(node.members):
+        with contextlib.suppress(OSError):
+            return member, stack.enter_context(node.sentinel(member))
+    raise NodeError("no Sentinel answers, so nobody can take over. Nothing was changed.")
+
+
+def wait_moment(sentinel: Connection) -> None:
+    """Wait for the moment at which a failover takes least.
+
+    The leading Sentinel learns of a promotion when it next asks the replica: every ten seconds, during a failover a second after it
+    last did. A promotion takes a third of a second; so the best moment is shortly after it has asked.
+    """
+    limit = time.monotonic() + ASKS_SECONDS
+    while time.monotonic() < limit:
+        replicas = [pairs(each) for each in sentinel.call("SENTINEL", "REPLICAS", MASTER)]
+        heir = min(replicas, key=lambda each: int(each["slave-priority"]), default=None)
+        if heir is None or 200 <= int(heir["info-refresh"]) <= 500:
+            return
+        time.sleep(0.1)
+
+
+def info_of(node: Node, member: str) -> dict[str, str]:
+    """Return a member's INFO, nothing when it gives none."""
+    try:
+        with node.server(member) as server:
+            return server.info()
+    except (OSError, NodeError):
+        return {}
+
+
+def offset(node: Node, member: str) -> int:
     """Return how far a replica has come."""
-    return int(server.info().get("slave_repl_offset", "0"))
+    return int(info_of(node, member).get("slave_repl_offset", "0"))
 
 
-def new_master(replicas: Mapping[str, Connection]) -> str:
+def new_master(node: Node, candidates: list[str]) -> str:
     """Return the replica that has become master, if one has."""
-    return next((name for name, server in replicas.items() if server.info().get("role") == "master"), "")
+    return next((name for name in candidates if info_of(node, name).get("role") == "master"), "")
 
 
-def named(sentinel: Connection) -> str:
-    """Return the master that a Sentinel names."""
-    answer = sentinel.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER)
-    return str(answer[0]) if answer else ""
+def agreed(node: Node, members: list[str], master: str) -> bool:
+    """Say whether these members' Sentinels all name this master."""
+    try:
+        return all(watched(node, member).get("ip") == master for member in members)
+    except (OSError, NodeError):
+        return False
+
+
+def watched(node: Node, member: str) -> dict[str, str]:
+    """Return what a member's Sentinel says about the master."""
+    with node.sentinel(member) as sentinel:
+        return pairs(sentinel.call("SENTINEL", "MASTER", MASTER))
 
 
 def systemctl_restart(unit: str) -> None:
