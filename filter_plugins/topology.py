@@ -66,9 +66,10 @@ def topology(
     front_door: the IP address that moves between the proxies; needed from two proxies. s3_url: an S3 endpoint that is not ours.
 
     Returns {addresses, ports, etcd, postgresql: {cluster: …}, redis, object_storage, web, worker, proxy, platform}; each service is
-    {members: [{name, address}], port} (PostgreSQL also rest_port, Redis sentinel_port, object storage url), platform is {name, address}. Raises
-    AnsibleFilterError with one sentence for a group that is missing or empty, a number of voters that has no majority without one of
-    them, a host without an address, an address used twice, proxies without a common address, and an unknown service in `ports`.
+    {members: [{name, address}], port} (PostgreSQL also rest_port, Redis sentinel_port, object storage url), platform is {name,
+    address}. Raises AnsibleFilterError with one sentence for a group that is missing or empty, a number of voters that has no
+    majority without one of them, a host without an address, an address used twice, proxies without a common address, and an
+    unknown service in `ports`.
     """
     unknown = sorted(set(ports or {}) - set(PORTS))
     if unknown:
