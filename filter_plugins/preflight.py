@@ -15,15 +15,20 @@ def _and(names: Iterable[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def reason(answer: Mapping[str, Any]) -> str:
+    """Why a host did not answer, in the words of ssh."""
+    return " ".join(str(answer.get("msg") or "no answer").split()).rpartition("to the host via ssh: ")[2]
+
+
 def _unreachable(answers: Mapping[str, Mapping[str, Any]]) -> str:
-    lost = {host: " ".join(str(answer.get("msg") or "no answer").split()) for host, answer in answers.items() if "boot_id" not in answer}
+    lost = {host: reason(answer) for host, answer in answers.items() if "boot_id" not in answer}
     if not lost:
         return ""
     first = next(iter(lost))
     others = ",".join(["all", *(f"!{host}" for host in lost)])
     return (
         f"{_and(lost)} cannot be asked ({first}: {lost[first][:200]}). Switch on what is off and see that ssh {first} works; "
-        f"to go on without {'it' if len(lost) == 1 else 'them'}, add --limit '{others}'"
+        f"only site.yml can go on without {'it' if len(lost) == 1 else 'them'}: --limit '{others}'"
     )
 
 

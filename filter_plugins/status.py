@@ -240,7 +240,7 @@ def _hosts(screen: Screen, addresses: Mapping[str, str], answers: Mapping[str, M
     for host, address in addresses.items():
         state = answers[host].get("state")
         if not isinstance(state, Mapping):
-            reason = " ".join(str(answers[host].get("msg") or "no answer").split())
+            reason = " ".join(str(answers[host].get("msg") or "no answer").split()).rpartition("to the host via ssh: ")[2]
             screen.lines.append(_cut(f"  --  {host:<13}  {address:<15}  DOES NOT ANSWER: {reason}"))
             continue
         rows, why = _said(answers, host, "health")

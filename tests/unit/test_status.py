@@ -109,7 +109,7 @@ def test_a_host_that_is_down_is_named_and_the_rest_is_shown() -> None:
     assert text.splitlines()[0] == "NOT WELL: 2 problems, listed below"
     assert "core        primary   pg-core-2     timeline 4" in text
     assert "            !!        pg-core-1     its host does not answer" in text
-    assert "  --  pg-core-1      10.0.0.11        DOES NOT ANSWER: Failed to connect" in text
+    assert "  --  pg-core-1      10.0.0.11        DOES NOT ANSWER: Connection timed out" in text
     assert problems[0].endswith("ansible-playbook playbooks/replace_host.yml -e host=pg-core-1")
     assert problems[1].startswith("cluster core stands on pg-core-2 alone")
 
