@@ -31,7 +31,11 @@ def health_table(services: Sequence[Mapping[str, Any]], defaults: Mapping[str, A
             raise HealthTableError(f"{place}.user: only a command runs as a user, and its secrets are in environment_files")
         if kind == "unit" and service.get("remote"):
             raise HealthTableError(f"{place}: a unit on another host cannot be seen from here; use an http or command check")
-        table[name] = {**defaults, **{key: value for key, value in service.items() if value is not None}}
+        for alternative in service.get("alternatives") or []:
+            if list(alternative) != [needed]:
+                raise HealthTableError(f"{place}.alternatives: each has {needed} and nothing else, because the check is of kind {kind}")
+        # packages are for the role, not for the program that checks
+        table[name] = {**defaults, **{key: value for key, value in service.items() if value is not None and key != "packages"}}
     return [table[name] for name in sorted(table)]
 
 

@@ -190,8 +190,8 @@ def process_units(contract: Mapping[str, Any], group_names: Sequence[str]) -> li
 def contract_health_services(contract: Mapping[str, Any], host: str, addresses: Mapping[str, str]) -> list[dict[str, Any]]:
     """Entries of `healthcheck_services` for this host: its own processes, and those elsewhere that they wait for.
 
-    `addresses`: host -> address. A web process on several hosts is one service to those who wait for it, and the first
-    host answers for it.
+    `addresses`: host -> address. A process on several hosts is one service to those who wait for it elsewhere, and any of
+    them may answer for it.
     """
     own: dict[str, dict[str, Any]] = {}
     wanted: list[str] = []
@@ -202,11 +202,18 @@ def contract_health_services(contract: Mapping[str, Any], host: str, addresses: 
                 entry = _health_entry(contract, process, addresses[host])
                 own[entry["name"]] = entry
     remote = [
-        {**_health_entry(contract, process, addresses[process["members"][0]]), "remote": True}
+        _remote_entry(contract, process, [addresses[member] for member in process["members"]])
         for process in contract["processes"].values()
         if process["kind"] not in OCCASIONAL and f"{contract['name']}-{process['name']}" in wanted and host not in process["members"]
     ]
     return [*own.values(), *remote]
+
+
+def _remote_entry(contract: Mapping[str, Any], process: Mapping[str, Any], addresses: Sequence[str]) -> dict[str, Any]:
+    """The row of a process on other hosts. A command asks whom it asks from any host; a URL is asked at each of them."""
+    entries = [_health_entry(contract, process, address) for address in addresses]
+    others = [{"url": entry["url"]} for entry in entries[1:] if entry["kind"] == "http"]
+    return {**entries[0], "remote": True} | ({"alternatives": others} if others else {})
 
 
 def _health_entry(contract: Mapping[str, Any], process: Mapping[str, Any], address: str) -> dict[str, Any]:

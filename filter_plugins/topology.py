@@ -189,48 +189,80 @@ def endpoints(topo: Mapping[str, Any], app: Mapping[str, Any], groups: Mapping[s
     return table
 
 
-def platform_health_services(topo: Mapping[str, Any], host: str, contract: Mapping[str, Any], pki_dir: str) -> list[dict[str, Any]]:
+def platform_health_services(
+    topo: Mapping[str, Any], host: str, contract: Mapping[str, Any], pki_dir: str, virtual_address: str = ""
+) -> list[dict[str, Any]]:
     """Entries of `healthcheck_services` for a host: what runs there, and (`remote`) what its processes wait for elsewhere (H3).
 
     contract: the normalised app contract. The application's own rows come from `contract_health_services`.
+    virtual_address: the address that the proxies share, empty when they share none.
+
+    A row of this host is about its own member: a standby is healthy when it accepts connections. A remote row is about the service,
+    and any member may answer for it: for PostgreSQL and Redis the one that takes writes.
     """
     ca = f"{pki_dir}/ca.crt"
     database = next(iter(contract["databases"].values()), {"name": "postgres", "owner": "postgres"})
 
-    def row(name: str, address: str, port: int) -> dict[str, Any]:
+    def redis_cli(address: str, port: int, *words: str) -> dict[str, Any]:
+        command = ["redis-cli", "-e", "--tls", "--cacert", ca, "-h", address, "-p", str(port), "--user", "health", *words]
+        return {"kind": "command", "command": command, "credentials": {"REDISCLI_AUTH": "redis-health"}}
+
+    def local(name: str, address: str, port: int) -> dict[str, Any]:
         if name == "etcd":
             url = f"http://127.0.0.1:{topo['ports']['etcd-metrics']}/health"
             return {"unit": "etcd.service", "kind": "http", "url": url, "contains": '"health":"true"'}
         if name == "redis":
-            command = ["redis-cli", "-e", "--tls", "--cacert", ca, "-h", address, "-p", str(port), "--user", "health", "PING"]
-            credentials = {"REDISCLI_AUTH": "redis-health"}
-            unit = "redis-server.service"
-            return {"unit": unit, "kind": "command", "command": command, "credentials": credentials, "expected": "PONG"}
+            return {"unit": "redis-server.service", **redis_cli(address, port, "PING"), "expected": "PONG"}
+        if name == "redis-sentinel":
+            return {"unit": "redis-sentinel.service", **redis_cli(address, port, "PING"), "expected": "PONG"}
         if name == "object-storage":
             url = f"https://{address}:{port}/"
             return {"unit": "object-storage.service", "kind": "http", "url": url, "ca": ca, "status": 400}  # unsigned: refused
         if name == "proxy":
             return {"unit": "nginx.service", "kind": "http", "url": f"https://{address}:{port}/nginx-health", "ca": ca}
+        if name == "keepalived":  # wherever the address is, it answers from here
+            return {"unit": "keepalived.service", "kind": "http", "url": f"https://{virtual_address}:{port}/nginx-health", "ca": ca}
         cluster = name.removeprefix("postgresql-")
         owned = contract["databases"].get(cluster, database)
         command = ["/usr/lib/postgresql/15/bin/pg_isready", "-h", address, "-p", str(port), "-U", owned["owner"], "-d", owned["name"]]
         return {"unit": f"patroni@{cluster}.service", "kind": "command", "command": command}
 
+    def remote(name: str, address: str, port: int) -> dict[str, Any]:
+        if name == "redis":
+            asked = redis_cli(address, port, "--csv", "ROLE")
+            return {**local(name, address, port), **asked, "expected": '"master",', "packages": ["redis-tools"]}
+        if name.startswith("postgresql-"):
+            cluster = name.removeprefix("postgresql-")
+            url = f"https://{address}:{topo['postgresql'][cluster]['rest_port']}/primary"
+            return {"unit": f"patroni@{cluster}.service", "kind": "http", "url": url, "ca": ca}
+        return local(name, address, port)
+
     places = {
         "etcd": topo["etcd"],
         **{f"postgresql-{cluster}": topo["postgresql"][cluster] for cluster in CLUSTERS},
         "redis": topo["redis"],
+        "redis-sentinel": {
+            "members": topo["redis"]["members"] if len(topo["redis"]["members"]) > 1 else [],
+            "port": topo["redis"]["sentinel_port"],
+        },
         "object-storage": topo["object_storage"],
         "proxy": topo["proxy"],
+        "keepalived": {**topo["proxy"], "members": topo["proxy"]["members"] if virtual_address else []},
     }
     wanted = {name for process in contract["processes"].values() if host in process["members"] for name in process["after"]}
-    services = []
+    services: list[dict[str, Any]] = []
     for name, place in places.items():
-        here = host in [member["name"] for member in place["members"]]
-        if here or (name in wanted and place["members"]):
-            address = topo["addresses"][host] if here else place["members"][0]["address"]
-            service = {"name": name, "owner": "platform", "endpoint": f"{address}:{place['port']}", **row(name, address, place["port"])}
-            services.append(service if here else {**service, "remote": True})
+        port, members = place["port"], place["members"]
+        service: dict[str, Any] = {"name": name, "owner": "platform"}
+        if host in [member["name"] for member in members]:
+            address = virtual_address if name == "keepalived" else topo["addresses"][host]
+            services.append({**service, "endpoint": f"{address}:{port}", **local(name, address, port)})
+        elif name in wanted and members:
+            rows = [remote(name, member["address"], port) for member in members]
+            place_to_ask = "url" if rows[0]["kind"] == "http" else "command"
+            others = [{place_to_ask: row[place_to_ask]} for row in rows[1:]]
+            service = {**service, "endpoint": f"{members[0]['address']}:{port}", "remote": True, **rows[0]}
+            services.append({**service, "alternatives": others} if others else service)
     return services
 
 

@@ -267,6 +267,29 @@ def test_wait_asks_a_remote_service_itself(host: Path, url: str, capsys: pytest.
     assert health.main(["wait", "far", "--timeout", "5"]) == 0
 
 
+def test_a_service_with_alternatives_is_healthy_when_one_of_them_is(url: str) -> None:
+    asked: list[str] = []
+
+    def once(service: Any, _credentials: Any) -> Any:
+        asked.append(service.url)
+        return health.Outcome("good" in service.url, f"{service.url} was asked for {service.timeout_seconds:g} s")
+
+    pair = health.Service("pair", "http", url="bad-1", remote=True, timeout_seconds=9, alternatives=[{"url": "bad-2"}, {"url": "good-3"}])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(health, "check_once", once)
+        assert health.check(pair, {}, "").message == "good-3 was asked for 3 s", "the time-out is shared"
+        assert asked == ["bad-1", "bad-2", "good-3"]
+        asked.clear()
+        assert health.check(pair, {}, "").passed
+        assert asked == ["good-3"], "who answered last is asked first"
+        lost = replace(pair, alternatives=[{"url": "bad-2"}, {"url": "bad-3"}])
+        outcome = health.check(lost, {}, "")
+        assert (outcome.passed, outcome.message.count("was asked")) == (False, 3)
+        assert outcome.message.startswith("bad-1"), "named in the order of the table"
+    real = health.Service("real", "http", url="http://127.0.0.1:1/", remote=True, alternatives=[{"url": f"{url}/down"}, {"url": url}])
+    assert health.check(real, {}, "").passed
+
+
 def test_wait_for_a_name_that_nobody_knows(host: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert health.main(["wait", "rediss"]) == 2
     assert 'no service "rediss"' in capsys.readouterr().err
@@ -283,9 +306,16 @@ def test_the_table_gets_the_defaults_and_refuses_nonsense() -> None:
         ([{"name": "a", "kind": "unit", "unit": "x"}] * 2, "two services have this name"),
         ([{"name": "a", "kind": "unit", "unit": "x", "remote": True}], "cannot be seen from here"),
         ([{"name": "a", "kind": "http", "url": "x", "user": "pier"}], "only a command runs as a user"),
+        ([{"name": "a", "kind": "http", "url": "x", "alternatives": [{"command": ["x"]}]}], "each has url and nothing else"),
+        ([{"name": "a", "kind": "command", "command": ["x"], "alternatives": [{"command": ["y"], "user": "z"}]}], "each has command and"),
     ):
         with pytest.raises(tables.HealthTableError, match=sentence):
             tables.health_table(rows, defaults)
+
+
+def test_packages_are_for_the_role_not_for_the_program() -> None:
+    (row,) = tables.health_table([{"name": "a", "kind": "command", "command": ["x"], "packages": ["x-tools"]}], {})
+    health.Service(**row)
 
 
 def test_one_daemon_for_each_user() -> None:

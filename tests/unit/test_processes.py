@@ -164,7 +164,19 @@ def test_health_services_of_a_host_and_those_it_waits_for() -> None:
     assert own["pier-slow"]["user"] == "pier"
     other = {entry["name"]: entry for entry in processes.contract_health_services(CONTRACT, "b", ADDRESSES)}
     assert other["pier-web"]["remote"] is True
+    assert "alternatives" not in other["pier-web"]
     assert processes.contract_credentials(CONTRACT) == {"TOKEN": "t"}
+
+
+def test_any_host_of_a_process_may_answer_for_it_elsewhere() -> None:
+    web = {**CONTRACT["processes"]["web"], "members": ["a", "c"]}
+    contract = {**CONTRACT, "processes": {**CONTRACT["processes"], "web": web}}
+    other = {entry["name"]: entry for entry in processes.contract_health_services(contract, "b", ADDRESSES)}
+    assert other["pier-web"]["url"] == "http://10.0.0.1:8000/h"
+    assert other["pier-web"]["alternatives"] == [{"url": "http://10.0.0.3:8000/h"}]
+    assert (
+        "alternatives" not in {entry["name"]: entry for entry in processes.contract_health_services(contract, "c", ADDRESSES)}["pier-web"]
+    )
 
 
 def test_routes() -> None:

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 from ansible.errors import AnsibleFilterError
+from programs import ROOT, load
 
 from filter_plugins import topology as t
 
+health = load(ROOT / "roles/healthcheck/files/health.py", "evk_topology_health")
+health_filter = load(ROOT / "filter_plugins/health.py", "evk_topology_health_filter")
 SERVICES = ["etcd", "postgresql_core", "postgresql_plugins", "redis", "object_storage", "web", "worker", "proxy"]
 
 
@@ -93,6 +96,47 @@ def test_health_rows_of_a_host_and_of_what_it_waits_for_elsewhere() -> None:
     there = t.platform_health_services(topo, "b", APP, "/pki")
     assert [(row["name"], row["remote"]) for row in there] == [("redis", True)]
     assert "10.0.0.1" in there[0]["command"]
+    assert "alternatives" not in there[0]
+
+
+def test_any_member_may_answer_for_a_service_elsewhere_but_only_the_one_that_takes_writes() -> None:
+    addresses = {name: f"10.0.0.{number}" for number, name in enumerate("abcd", 1)}
+    hosts = {"all": list("abcd"), **{name: ["a"] for name in SERVICES}, "redis": ["a", "b", "c"], "postgresql_core": ["a", "b"]}
+    topo = t.topology(hosts, addresses)
+    waits = {"worker": {"hosts": "worker", "members": ["d"], "after": ["redis", "postgresql-core", "postgresql-plugins"]}}
+    there = {row["name"]: row for row in t.platform_health_services(topo, "d", {**APP, "processes": waits}, "/pki")}
+    assert there["postgresql-core"]["url"] == "https://10.0.0.1:8008/primary"
+    assert there["postgresql-core"]["alternatives"] == [{"url": "https://10.0.0.2:8008/primary"}]
+    assert "alternatives" not in there["postgresql-plugins"]
+    redis = there["redis"]
+    commands = [redis["command"], *[other["command"] for other in redis["alternatives"]]]
+    assert [command[command.index("-h") + 1] for command in commands] == ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
+    # as CSV, so that a replica of a host called "master" is not taken for one
+    assert all(command[-2:] == ["--csv", "ROLE"] for command in commands)
+    assert (redis["expected"], redis["packages"]) == ('"master",', ["redis-tools"])
+    rows = health_filter.health_table([{**row, "interval_seconds": 1} for row in there.values()], {})
+    for row in rows:
+        health.Service(**row)
+
+
+def test_a_row_of_a_host_is_about_its_own_member() -> None:
+    addresses = {name: f"10.0.0.{number}" for number, name in enumerate("abc", 1)}
+    hosts = {
+        "all": list("abc"),
+        **{name: ["a"] for name in SERVICES},
+        "redis": list("abc"),
+        "postgresql_core": ["a", "b"],
+        "proxy": ["a", "b"],
+    }
+    topo = t.topology(hosts, addresses, front_door="10.0.0.9")
+    here = {row["name"]: row for row in t.platform_health_services(topo, "b", APP, "/pki", "10.0.0.9")}
+    assert {"postgresql-core", "redis", "redis-sentinel", "proxy", "keepalived"} <= set(here)
+    assert not any(row.get("alternatives") or row.get("packages") for name, row in here.items() if not row.get("remote"))
+    assert here["postgresql-core"]["command"][0].endswith("/pg_isready"), "a standby is healthy when it accepts connections"
+    assert here["redis-sentinel"]["command"][here["redis-sentinel"]["command"].index("-p") + 1] == "26379"
+    assert here["keepalived"]["url"] == "https://10.0.0.9:443/nginx-health", "the address answers, wherever it is"
+    in_front = {row["name"] for row in t.platform_health_services(topo, "b", APP, "/pki", "")}
+    assert "keepalived" not in in_front, "a load balancer in front has the address"
 
 
 @pytest.mark.parametrize("group", ["etcd", "redis"])
