@@ -357,6 +357,7 @@ def step_down(node: Node) -> float:
         new = until(TAKE_OVER_SECONDS, "the election of a new master", lambda: new_master(node, candidates))
     with node.server(node.name, operator=True) as own:  # Sentinel disconnects everybody from a node that it tells whom to follow
         own.call("REPLICAOF", new, node.port)
+        own.call("CONFIG", "REWRITE")
         until(TAKE_OVER_SECONDS, f"the start of replication from {new}", lambda: in_sync(info_of(node, new)))
         asked = [each for each in [node.name, *candidates] if each != leader]
         until(TAKE_OVER_SECONDS, f"the Sentinels' agreement on {new}", lambda: agreed(node, asked, new))
