@@ -220,11 +220,11 @@ class Servers:
         options += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
         self.start(name, [*celery, *options], env=self.child_environment(**changes))
 
-    def start_relay(self, *command: str, **changes: str) -> None:
-        """Start the relay as a site does."""
-        listen = f"127.0.0.1:{self.ports['relay']}"
+    def start_relay(self, *command: str, name: str = "relay", **changes: str) -> None:
+        """Start a relay as a site does."""
+        listen = f"127.0.0.1:{self.ports.setdefault(name, free_port())}"
         arguments = [*(command or ("relay",)), "--listen", listen]
-        self.start("relay", [sys.executable, "-m", "drydock", *arguments], env=self.child_environment(**changes))
+        self.start(name, [sys.executable, "-m", "drydock", *arguments], env=self.child_environment(**changes))
 
     def start_processor(self, name: str = "processor", **changes: str) -> None:
         """Start a script processor as a site does."""
@@ -249,7 +249,7 @@ class Servers:
     def stop(self, name: str, number: signal.Signals | None = None) -> None:
         """End a server and everything that it has started."""
         process = self.processes.pop(name)
-        process.send_signal(number or (signal.SIGINT if name in ("core", "plugins") else signal.SIGTERM))
+        process.send_signal(number or (signal.SIGINT if name in ("core", "plugins", "standby") else signal.SIGTERM))
         try:
             process.wait(15)
         except subprocess.TimeoutExpired:
@@ -326,15 +326,21 @@ class Servers:
     def start_redis(self, *, persistent: bool = False) -> None:
         """Start the broker, which by itself remembers nothing over a restart."""
         lines = {
-            "port": "0", "tls-port": str(self.ports["redis"]), "bind": "127.0.0.1", "save": '""', "dir": str(self.root),
-            "tls-cert-file": f"{self.root}/host.crt", "tls-key-file": f"{self.root}/host.key",
-            "tls-ca-cert-file": f"{self.root}/ca.crt", "tls-auth-clients": "no", "maxmemory-policy": "noeviction",
+            "save": '""', "dir": str(self.root), "maxmemory-policy": "noeviction",
             "appendonly": "yes" if persistent else "no",
         }  # fmt: skip
-        text = "".join(f"{key} {value}\n" for key, value in lines.items())
         users = f"user default off\nuser drydock on >{PASSWORD} ~* &* +@all\n"
-        (self.root / "redis.conf").write_text(text + users)
+        (self.root / "redis.conf").write_text(self.redis_lines("redis", **lines) + users)
         self.start("redis", ["redis-server", str(self.root / "redis.conf")])
+
+    def redis_lines(self, name: str, **lines: str) -> str:
+        """Return the configuration that every Redis and Sentinel has: TLS, and who it is."""
+        lines = {
+            "port": "0", "tls-port": str(self.ports[name]), "bind": "127.0.0.1",
+            "tls-cert-file": f"{self.root}/host.crt", "tls-key-file": f"{self.root}/host.key",
+            "tls-ca-cert-file": f"{self.root}/ca.crt", "tls-auth-clients": "no", "tls-replication": "yes",
+        } | lines  # fmt: skip
+        return "".join(f"{key} {value}\n" for key, value in lines.items())
 
     def _start_s3(self) -> None:
         rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")

@@ -6,8 +6,11 @@ from typing import Any
 
 from celery import Celery, signals
 
+from drydock import kombu_transport
+
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "drydock.settings")
 
+kombu_transport.install()
 app = Celery("drydock")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()

@@ -112,9 +112,9 @@ class Faults:
     def kill_worker_child(self) -> None:
         """SIGKILL the process that works, and leave its parent, which starts another."""
         name = self._pick()
-        children = _children(self.servers.processes[name].pid)
-        if children:
-            os.kill(children[0], signal.SIGKILL)
+        processes = children(self.servers.processes[name].pid)
+        if processes:
+            os.kill(processes[0], signal.SIGKILL)
             self.sigkilled += 1
 
     def kill_worker_parent(self) -> None:
@@ -217,5 +217,6 @@ class Faults:
         wait_for(f"{name} answering", lambda: self.servers.sql(name, "SELECT 1"))
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
+    """Return the processes that a process has started."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

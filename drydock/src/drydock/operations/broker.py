@@ -29,6 +29,14 @@ MAX_TIMEOUT_SECONDS = 30.0
 def ping(self: Any, answer_key: str, queue: str) -> None:
     """Answer on the list that the asker watches."""
     answer = json.dumps({"queue": queue, "worker": self.request.hostname})
+    try:
+        _tell(answer_key, answer)
+    except (redis.ConnectionError, redis.TimeoutError):
+        # This process's connection may be one to a master that is gone; a new one is not.
+        _tell(answer_key, answer)
+
+
+def _tell(answer_key: str, answer: str) -> None:
     with redis_client.client().pipeline() as pipeline:
         pipeline.rpush(answer_key, answer)
         pipeline.expire(answer_key, ANSWER_KEPT_SECONDS)
