@@ -265,6 +265,35 @@ def contract_routes(contract: Mapping[str, Any], addresses: Mapping[str, str]) -
     ]
 
 
+def has_understudy(routes: Sequence[Mapping[str, Any]], host: str) -> bool:
+    """Whether a host serves a route, and each route that it serves has another server, so that it may be drained."""
+    own = [[server["name"] for server in route["servers"]] for route in routes]
+    own = [names for names in own if host in names]
+    return bool(own) and all(set(names) != {host} for names in own)
+
+
+def drain_result(results: Sequence[Mapping[str, Any]], accepted: Sequence[int] = (0,)) -> dict[str, list[str]]:
+    """What `evenkeel-drain` said on each proxy (a registered loop over them): {problems, notes}, a line each.
+
+    accepted: exit codes that are no problem. A proxy that is down is a note: it passes nothing on. Drained hosts outlast it, so
+    that it may come back with an old view.
+    """
+    said: dict[str, list[str]] = {"problems": [], "notes": []}
+    for result in results:
+        proxy = result["item"]
+        if result.get("unreachable"):
+            said["notes"].append(f"{proxy} does not answer and was left out. When it is back, type there: evenkeel-drain list")
+        elif result.get("skipped"):
+            said["notes"].append(f"{proxy}: not asked in check mode")
+        elif result.get("rc") in accepted:
+            said["notes"].append(f"{proxy}: {json.loads(result['stdout'])['message']}")
+        else:
+            answer = str(result.get("stdout") or "")
+            message = json.loads(answer)["message"] if answer.startswith("{") else result.get("stderr") or result.get("msg") or "no answer"
+            said["problems"].append(f"{proxy}: {message}")
+    return said
+
+
 class FilterModule:
     """Gives the filters to Ansible."""
 
@@ -282,5 +311,7 @@ class FilterModule:
             contract_health_services,
             contract_credentials,
             contract_routes,
+            has_understudy,
+            drain_result,
         )
         return {function.__name__: function for function in functions}

@@ -1,5 +1,5 @@
 """Render every template of every role with Ansible's own engine; prints {role: {template: text}} as JSON. Templates are
-rendered for the demo's host, and those that only several hosts need for hosts of the lab.
+rendered for the demo's host, and those of roles that write more where there are several hosts also for hosts of the lab (`lab/TEMPLATE`).
 
 python render_templates.py               all of them
 python render_templates.py --text TEXT   one given text, with the same variables
@@ -105,8 +105,8 @@ def main() -> None:
     roles = sorted(path.name for path in (ROOT / "roles").iterdir() if path.name != "lab" and (path / "tasks").is_dir())
     texts = render(loader, demo, roles)
     for role, host in LAB_HOSTS.items():
-        more = render(loader, variables_of(loader, "lab", host), [role])
-        texts[role] = {**more[role], **texts[role]}
+        more = render(loader, variables_of(loader, "lab", host), [role])[role]
+        texts[role] = {**more, **texts[role], **{f"lab/{name}": text for name, text in more.items()}}
     print(json.dumps(texts))
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import load
 
 ROOT = Path(__file__).resolve().parents[2]
 RENDER = Path(__file__).with_name("render_templates.py")
@@ -100,3 +101,21 @@ def test_credentials_are_handed_over_by_systemd(rendered: dict[str, dict[str, st
     files = [line.rpartition("/")[2] for line in service if line.startswith("EnvironmentFile=")]
     assert files == ["environment-speaks-tls", "secrets.env"], "the file of the whole app would win over the unit"
     assert not [line for line in lines(rendered, "register") if line.startswith("LoadCredential=")]
+
+
+def test_evenkeel_drain_finds_every_server_of_the_rendered_configuration(rendered: dict[str, dict[str, str]]) -> None:
+    """The program reads the lines that the template writes: if one changes, so must the other."""
+    drain = load(ROOT / "roles/proxy/files/drain.py", "evk_rendered_drain")
+    for name, hosts in (("nginx.conf.j2", ["demo1"]), ("lab/nginx.conf.j2", ["web-1", "web-2"])):
+        text = rendered["proxy"][name]
+        servers = drain.servers_of(text)
+        assert [server.host for server in servers] == hosts
+        assert len(servers) == sum(1 for line in text.splitlines() if line.strip().startswith("server ") and ";" in line)
+        assert drain.render(text, []) == text, "nothing but `down` is ever added"
+        assert drain.render(text, hosts).count(" down;") == len(hosts)
+
+
+def test_keepalived_knows_its_peers_and_holds_the_address_of_the_platform(rendered: dict[str, dict[str, str]]) -> None:
+    text = " ".join(rendered["proxy"]["keepalived.conf.j2"].split())
+    assert "unicast_src_ip 10.87.3.61 unicast_peer { 10.87.3.62 } virtual_ipaddress { 10.87.3.10 }" in text
+    assert "nopreempt" in text

@@ -128,11 +128,13 @@ def person() -> str:
     """Who types this, as well as a host can know it."""
     if name := os.environ.get("SUDO_USER"):
         return name
+    uids = [os.getuid()]
     with contextlib.suppress(OSError, ValueError):
-        return pwd.getpwuid(int(Path("/proc/self/loginuid").read_text())).pw_name
-    with contextlib.suppress(KeyError):
-        return pwd.getpwuid(os.getuid()).pw_name
-    return str(os.getuid())
+        uids.insert(0, int(Path("/proc/self/loginuid").read_text()))  # -1, nobody, where nothing keeps it
+    for uid in uids:
+        with contextlib.suppress(KeyError, OverflowError):
+            return pwd.getpwuid(uid).pw_name
+    return "unknown"
 
 
 # --- nginx ------------------------------------------------------------------------------------------------------------
