@@ -5,7 +5,9 @@ import hashlib
 import io
 import os
 import signal
+import socket
 import threading
+import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator
@@ -214,6 +216,20 @@ def test_q7_a_worker_that_knows_exports_to_be_disabled_asks_nobody(
     disabled = replace(config.load(), script_processors=0)
     monkeypatch.setattr(config, "load", lambda: disabled)
     assert (run(export).state, export.reason) == ("failed", worker.DISABLED)
+
+
+def test_q7_a_processor_whose_host_is_gone_costs_seconds(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch, export: Export
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        urls = [f"https://localhost:{gone.getsockname()[1]}", f"https://localhost:{servers.ports['processor']}"]
+        two = replace(config.load(), processor_urls=urls)
+        monkeypatch.setattr(config, "load", lambda: two)
+        # The one that does not answer is asked first.
+        monkeypatch.setattr(worker.random, "sample", lambda choices, _: list(choices))
+        started = time.monotonic()
+        assert run(export).state == "ready"
+    assert time.monotonic() - started < 15
 
 
 # --- The whole platform -----------------------------------------------------------------------------------------------

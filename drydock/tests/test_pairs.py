@@ -204,7 +204,7 @@ def test_h3_a_worker_that_consumes_nothing_is_not_well_although_another_one_is(p
 
 def test_h3_a_worker_that_is_busy_is_well(pairs: PairServers, visitor: Browser) -> None:
     for _ in pairs.workers:
-        assert visitor.post("/api/proof", {"work_ms": 9000}).status == 202
+        assert visitor.post("/api/proof", {"work_ms": 7000}).status == 202
     wait_for("both at work", lambda: all(pairs.holds(name) for name in pairs.workers))
     status, said = pairs.relay("/ping/proof-1")
     assert (status, said["jobs"]) == (200, 1)

@@ -7,6 +7,7 @@
   one. Here it lets go. (Redis has kept the bell, and rings it again after the visibility timeout, which does no harm.)
 """
 
+import select
 import time
 from typing import Any
 
@@ -45,8 +46,10 @@ class _AttentiveChannel:
         """Close the connection, and raise what says so, when an answer is overdue."""
         connection: Any = getattr(self, "_in_poll", None)
         silence = time.monotonic() - self._asked
-        # After a pause of our own the answer may be there, and unread.
-        if connection and silence > SILENCE_SECONDS and not connection.can_read(timeout=0):
+        if not connection or silence < SILENCE_SECONDS:
+            return
+        # After a pause of our own the answer may be there, and unread. The connection's own `can_read` would read it.
+        if connection._sock is None or not select.select([connection._sock], [], [], 0)[0]:
             connection.disconnect()
             raise RedisTimeoutError(f"Redis has been silent for {silence:.0f} s")
 
