@@ -133,6 +133,7 @@ PROCESS = Record(
         "queue": Field(Text(r"[^\s]+", "a name without spaces")),
         "task_time_limit_seconds": Field(SECONDS),
         "on_calendar": Field(Text()),
+        "once": Field(Text()),
     }
 )
 
@@ -191,6 +192,7 @@ ONLY_FOR = {
     "queue": ("worker",),
     "task_time_limit_seconds": ("worker", "timer", "task"),
     "on_calendar": ("timer",),
+    "once": ("timer",),
 }
 REQUIRED_FOR = {"web": ("port", "health"), "worker": ("task_time_limit_seconds",), "timer": ("on_calendar",)}
 OCCASIONAL = ("timer", "task")  # they run and end: their last run is their health, and nobody can wait for them
@@ -381,6 +383,8 @@ def _process(name: str, process: dict[str, Any], app: Mapping[str, Any], groups:
             raise ContractError(f"{path}.{needed}: is missing; a process of kind {kind} needs it")
     if kind in OCCASIONAL and ("health" in process or process["notify"]):
         raise ContractError(f"{path}: a {kind} has neither health nor notify; its last run is its health")
+    if "once" in process and process["once"] not in app["databases"]:
+        raise ContractError(f'{path}.once: app.databases has no "{process["once"]}", {did_you_mean(process["once"], app["databases"])}')
     _check_environment(process, app, path)
     unit = f"{app['name']}-{name}"
     result: dict[str, Any] = {
@@ -392,7 +396,7 @@ def _process(name: str, process: dict[str, Any], app: Mapping[str, Any], groups:
         "members": _members(process["hosts"], groups, f"{path}.hosts"),
         "health": {"kind": kind} if kind in OCCASIONAL else _health(process, app["secrets"], f"{path}.health"),
     }
-    for optional in ("port", "queue", "on_calendar", "task_time_limit_seconds"):
+    for optional in ("port", "queue", "on_calendar", "once", "task_time_limit_seconds"):
         result.setdefault(optional, None)
     result["path"] = result.get("path", "/" if kind == "web" else None)
     result.setdefault("start_period_seconds", START_PERIOD_SECONDS.get(kind, 10))

@@ -114,6 +114,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("processes/slow/health", {"http": {"path": "/"}}, "app.processes.slow.health.http.port: is missing"),
     ("processes/slow/task_time_limit_seconds", ..., "app.processes.slow.task_time_limit_seconds: is missing"),
     ("processes/sweep/on_calendar", ..., "app.processes.sweep.on_calendar: is missing"),
+    ("processes/sweep/once", "cor", 'app.processes.sweep.once: app.databases has no "cor", did you mean core?'),
+    ("processes/register/once", "core", "app.processes.register.once: only a process of kind timer has it, not a task"),
     ("processes/Web", {}, 'app.processes: the name "Web" is not possible'),
     ("secrets/PIER_KEY", "", "app.secrets.PIER_KEY: is empty"),
     ("secrets/PIER_KEY", None, "app.secrets.PIER_KEY: is empty"),
