@@ -227,3 +227,12 @@ def test_tests_named_in_the_table_of_promises_exist() -> None:
         assert f"def {prefix}" in (ROOT / path).read_text(), f"{path}: {prefix}*"
     for path in re.findall(r"`((?:tests|drydock|playbooks|filter_plugins)/[\w/.]+)`", table):
         assert (ROOT / path).exists(), path
+
+
+def test_the_tests_lab_has_the_hosts_and_groups_of_the_full_topology() -> None:
+    """Only the network differs, so what is proven there holds for `make lab` too."""
+    ours = load(ROOT / "inventories/lab/hosts.yml")
+    tests = load(ROOT / "molecule/pairs/inventory/hosts.yml")
+    for host in tests["all"]["hosts"].values():
+        host["ansible_host"] = host["ansible_host"].replace("10.87.4.", "10.87.3.")
+    assert tests == ours

@@ -63,23 +63,18 @@ class Platform:
 
     @staticmethod
     def of(inventory: Path) -> Platform:
-        """Read an inventory whose hosts `playbooks/lab.yml` makes; only the network stands in its values as an expression."""
+        """Read an inventory whose hosts `playbooks/lab.yml` makes."""
         common = inventory / "group_vars/all"
         values = {**yaml.safe_load((common / "lab.yml").read_text()), **yaml.safe_load((common / "platform.yml").read_text())}
-        network = values["platform_network"]
-
-        def plain(text: str) -> str:
-            return text.replace("{{ platform_network }}", network)
-
         described = yaml.safe_load((inventory / "hosts.yml").read_text())["all"]
-        addresses = {name: plain(host["ansible_host"]) for name, host in described["hosts"].items()}
+        addresses = {name: host["ansible_host"] for name, host in described["hosts"].items()}
         groups = {"all": list(addresses), **{name: list(group["hosts"]) for name, group in described["children"].items()}}
         return Platform(
             inventory=inventory,
             name=values["platform_name"],
             lab=STATE / "labs" / values["lab_name"],
             app=yaml.safe_load((common / "app.yml").read_text())["app"],
-            topology=topology(groups, addresses, values.get("platform_ports"), plain(values.get("platform_address", ""))),
+            topology=topology(groups, addresses, values.get("platform_ports"), values.get("platform_address", "")),
         )
 
     # --- what clients need ---
