@@ -40,6 +40,7 @@ def answer(
         (answer(), [{**STREAMS, "state": "catchup"}], ["pg2 does not stream from pg1"]),
         # it streams, and may not be promoted yet
         (answer(role="replica"), [{**STREAMS, "sync_state": "async"}], ["no standby is synchronous yet"]),
+        (answer(role="replica"), [STREAMS], ["no standby is synchronous yet"]),
         (answer(), [{**STREAMS, "sync_state": "async"}], ["no standby is synchronous yet"]),
     ],
 )

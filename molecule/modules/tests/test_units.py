@@ -208,6 +208,26 @@ def test_restarted_by_somebody_else_is_no_change(play: Play) -> None:
     assert play.units(service())["restarted"] == ["evk-t.service"]
 
 
+def test_a_restart_that_is_left_to_others_stays_due_until_they_make_it(play: Play) -> None:
+    write(play, "one")
+    entry = service(restart=False, content=READER)
+    assert play.units(entry)["due"] == []
+    for change in ("conf", "definition"):
+        write(play, change)
+        if change == "definition":
+            entry["content"] = READER + "Nice=3\n"
+        before = play.units(entry, check=True)
+        assert (before["due"], before["restarted"]) == (["evk-t.service"], [])
+        play.units(entry)
+        again = play.units(entry)
+        assert (again["due"], again["changed"]) == (["evk-t.service"], False)
+        assert seen(play) != change
+        play.shell("systemctl restart evk-t.service")
+        after = play.units(entry)
+        assert (after["due"], after["changed"], seen(play)) == ([], False, change)
+        assert play.units(service(content=entry["content"]))["changed"] is False, "the record is that of the new process"
+
+
 def test_running_before_it_was_known_is_restarted_once(play: Play) -> None:
     write(play, "default")
     play.shell(f"printf '%s' '{READER}' > /etc/systemd/system/evk-t.service; systemctl daemon-reload; systemctl start evk-t")
