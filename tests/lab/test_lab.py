@@ -155,8 +155,16 @@ def test_a_host_that_lost_power_comes_back_with_its_disk(lab: Lab) -> None:
     host, other = lab.hosts
     written = "echo 192.0.2.1 elsewhere >> /etc/hosts; echo kept > /root/kept; systemctl mask --quiet cron.service"
     before = lab.ssh(host, f"{written}; touch /run/lost; cat /etc/machine-id /proc/sys/kernel/random/boot_id")
+    listen = "import socket; s = socket.create_connection(('{}', 22)); s.recv(99); print('up', flush=True); s.settimeout(5); s.recv(9)"
+    command = f'python3 -c "{listen.format(lab.hosts[host])}"'
+    connected = subprocess.Popen(
+        [*SUDO, "ssh", "-F", str(lab.directory / "ssh_config"), other, command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert connected.stdout is not None
+    assert connected.stdout.readline() == "up\n"
     assert lab.fault("power-off", host) == [f"switched {host} off"]
     assert lab.fault("power-off", host) == []
+    assert "TimeoutError" in connected.communicate(timeout=60)[1], "its connections were closed politely"
     assert not lab.reachable(host)
     assert lab.reachable(other)
     assert lab.fault("power-on", host) == [f"booted {host}"]

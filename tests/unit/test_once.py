@@ -226,7 +226,7 @@ def test_a_database_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPat
         database("postgresql://app@/postgres?host=/nowhere").connect()
 
 
-def test_a_stop_by_hand_stops_the_command_and_is_no_failure(tmp_path: Path) -> None:
+def test_a_stop_by_hand_stops_the_command_too(tmp_path: Path) -> None:
     """The whole program, with a driver and a credential laid beside it."""
     (tmp_path / "psycopg2.py").write_text("class Error(Exception): pass\n")
     (tmp_path / once.CREDENTIAL).write_text("secret")

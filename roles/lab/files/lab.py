@@ -654,6 +654,8 @@ def fault(lab: Lab, command: str, hosts: list[str], others: list[str]) -> list[s
     match command:
         case "power-off":
             running = [host for host in hosts if leader(lab, host) is not None]
+            for host in running:
+                set_link(lab, host, up=False)  # without power nobody says goodbye: no connection is closed
             for host in hosts:
                 power_off(lab, host)
             return [f"switched {host} off" for host in running]
