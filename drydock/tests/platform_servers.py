@@ -166,7 +166,7 @@ class Servers:
         """Run the `drydock` command."""
         return subprocess.run(
             [sys.executable, "-m", "drydock", *arguments],
-            env=self.child_environment(**changes), capture_output=True, text=True, timeout=60, check=False,
+            env=self.child_environment(**changes), capture_output=True, text=True, timeout=180, check=False,
         )  # fmt: skip
 
     def start_all(self) -> None:
@@ -192,7 +192,7 @@ class Servers:
             )
             for database in ("core", "plugins")
         ]
-        assert [process.wait(60) for process in migrations] == [0, 0]
+        assert [process.wait(180) for process in migrations] == [0, 0]
         wait_for("object storage answering", lambda: self.drydock("ensure_bucket").returncode == 0)
         self.start_web()
         self.start_worker("latex.compile")

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from conftest import SERVERS
-from drydock.config import VARIABLES, Config, ConfigurationError
+from drydock.config import VARIABLES, Config, ConfigurationError, RedisAddress
 
 REQUIRED = sorted(name for name, variable in VARIABLES.items() if variable.default is None)
 COMMANDS = {
@@ -52,6 +52,10 @@ def test_every_process_ends_with_that_line_and_no_traceback(program: str) -> Non
         ("DATABASE_PLUGINS_URL", "postgresql://u@h:5432", "names no database"),
         ("REDIS_URL", "rediss://u:secret@h", "carries a password"),
         ("REDIS_URL", "http://h", "not a redis://"),
+        ("REDIS_URL", "rediss+cluster://h/0", "not a redis://"),
+        ("REDIS_URL", "rediss://u@a,b/0", "several hosts"),
+        ("REDIS_URL", "rediss+sentinel://u@a,b", "which master"),
+        ("REDIS_URL", "rediss://h/main", "not a whole number"),
         ("REDIS_CA_FILE", "/nowhere/ca.crt", "not a readable file"),
         ("S3_ENDPOINT", "localhost:9000", "not an http(s) URL"),
         ("LATEX_COMPILE_TIMEOUT_MS", "soon", "not a whole number"),
@@ -82,3 +86,16 @@ def test_a_url_of_several_hosts_keeps_them_in_order_with_the_options() -> None:
     options = database["OPTIONS"]
     assert (options["sslmode"], options["target_session_attrs"]) == ("verify-full", "read-write")
     assert (options["connect_timeout"], options["tcp_user_timeout"]) == (2, 3000)
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("rediss://app@h/3", RedisAddress(True, "app", (("h", 6379),), 3)),
+        ("redis://127.0.0.1:7000", RedisAddress(False, "", (("127.0.0.1", 7000),), 0)),
+        ("rediss+sentinel://app@a,b:7001/main", RedisAddress(True, "app", (("a", 26379), ("b", 7001)), 0, "main")),
+        ("redis+sentinel://a/other/2", RedisAddress(False, "", (("a", 26379),), 2, "other")),
+    ],
+)
+def test_redis_is_one_server_or_what_sentinels_name(url: str, address: RedisAddress) -> None:
+    assert Config.from_environment(SERVERS.environment | {"REDIS_URL": url}).redis == address
