@@ -165,3 +165,11 @@ def test_redis_url_names_the_sentinels_where_there_are_several() -> None:
     assert t.redis_url(one, "shop") == "rediss://shop@a:6379/0"
     three = {**one, "members": [{"name": name} for name in "abc"]}
     assert t.redis_url(three, "shop", 1) == "rediss+sentinel://shop@a:26379,b:26379,c:26379/main/1"
+
+
+def test_object_storage_that_is_not_ours_is_asked_at_its_own_address() -> None:
+    app = {**APP, "processes": {"web": {**APP["processes"]["web"], "after": ["object-storage"]}}}
+    topo = t.topology(groups(object_storage=[]), ADDRESSES, s3_url="https://s3.example.org")
+    rows = {row["name"]: row for row in t.platform_health_services(topo, "a", app, "/pki")}
+    assert rows["object-storage"]["command"][-1] == rows["object-storage"]["endpoint"] == "https://s3.example.org"
+    assert rows["object-storage"]["remote"] is True
