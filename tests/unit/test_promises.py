@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -236,3 +237,19 @@ def test_the_tests_lab_has_the_hosts_and_groups_of_the_full_topology() -> None:
     for host in tests["all"]["hosts"].values():
         host["ansible_host"] = host["ansible_host"].replace("10.87.4.", "10.87.3.")
     assert tests == ours
+
+
+@pytest.mark.parametrize("inventory", ["demo", "lab", "production.example"])
+def test_every_inventory_passes_the_checks_of_the_controller(inventory: str, tmp_path: Path) -> None:
+    """What a person copies must work: groups, voters, addresses, secrets, app contract and ports."""
+    checks = [{"hosts": "localhost", "gather_facts": False, "tasks": [{"import_tasks": str(ROOT / "playbooks/tasks/preflight.yml")}]}]
+    (tmp_path / "checks.yml").write_text(yaml.safe_dump(checks))
+    done = subprocess.run(
+        ["ansible-playbook", "-i", f"inventories/{inventory}", str(tmp_path / "checks.yml")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "EVENKEEL_STATE": str(tmp_path), "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0"},
+    )
+    assert done.returncode == 0 and "ok=1 " in done.stdout, done.stdout + done.stderr
