@@ -141,6 +141,10 @@ def test_whoever_is_missing_is_named() -> None:
     assert module.missing(seen, MEMBERS) == ["b follows c, not a", "c is not in sync with a"]
 
     seen = healthy()
+    seen.servers["a"] = info_of_master("b")
+    assert module.missing(seen, MEMBERS) == ["c is not in sync with a"]
+
+    seen = healthy()
     seen.sentinels["c"] = sentinel_of("b")
     seen.sentinels["b"] = sentinel_of("a", flags="s_down,master")
     seen.sentinels["a"] = sentinel_of("a", **{"num-other-sentinels": "3"})
