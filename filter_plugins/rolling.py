@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: Groups whose members stand in for one another: never two of one group at a time.
-STAND_INS = ("etcd", "postgresql_core", "postgresql_plugins", "redis", "object_storage", "web", "worker", "proxy")
+#: Groups whose members stand in for one another: never two of one group at a time. Web hosts and proxies count as one, because a proxy
+#: that is away while a web host comes back would not hear of it.
+STAND_INS = {
+    **{group: group for group in ("etcd", "postgresql_core", "postgresql_plugins", "redis", "object_storage", "worker")},
+    "web": "edge",
+    "proxy": "edge",
+}
 
 
 def rolling_batches(hosts: Sequence[str], groups: Mapping[str, Sequence[str]], canary: str = "") -> list[list[str]]:
@@ -25,7 +30,7 @@ def rolling_batches(hosts: Sequence[str], groups: Mapping[str, Sequence[str]], c
     for host in hosts:
         if host == first:
             continue
-        mine = {group for group in STAND_INS if host in groups.get(group, [])}
+        mine = {kind for group, kind in STAND_INS.items() if host in groups.get(group, [])}
         place = next((number for number, others in enumerate(taken) if not mine & others), len(batches))
         if place == len(batches):
             batches.append([])
