@@ -202,6 +202,7 @@ def test_replicas_restart_first_and_a_master_steps_down_before(
     checks: list[str] = []
     monkeypatch.setattr(module, "own_role", lambda node: role)
     monkeypatch.setattr(module, "wait_redundant", lambda node, seconds, without="": checks.append(without))
+    monkeypatch.setattr(module, "watches", lambda node: True)
     monkeypatch.setattr(module, "systemctl_restart", lambda unit: did.append(f"restart {unit}"))
     monkeypatch.setattr(module, "step_down", lambda node: did.append("step down") or 0.9)
     node = module.Node(**NODE)
@@ -211,8 +212,11 @@ def test_replicas_restart_first_and_a_master_steps_down_before(
     assert did == done
     assert result["left"] == predicted["left"] == left
     assert result["changed"] is predicted["changed"] is True
-    assert checks[0] == ("" if role == "master" else "a")  # before: everybody else is well
-    assert checks[-1] == ""  # after: everybody is
+    if left:
+        assert checks == []  # the Sentinel alone: the others watch on meanwhile
+    else:
+        assert checks[0] == ("" if role == "master" else "a")  # before: everybody else is well
+        assert checks[-1] == ""  # after: everybody is
 
 
 def test_nothing_is_asked_of_a_master_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,3 +226,13 @@ def test_nothing_is_asked_of_a_master_that_is_left(monkeypatch: pytest.MonkeyPat
         "changed": False,
         "left": [module.SERVER],
     }
+
+
+def test_single_node_restarts_in_place_and_has_no_sentinel(monkeypatch: pytest.MonkeyPatch) -> None:
+    did: list[str] = []
+    monkeypatch.setattr(module, "own_role", lambda node: "master")
+    monkeypatch.setattr(module, "wait_redundant", lambda node, seconds: did.append("look"))
+    monkeypatch.setattr(module, "systemctl_restart", lambda unit: did.append(unit))
+    alone = module.Node(**{**NODE, "members": ["a"]})
+    assert module.restart(alone, PARAMS, check_mode=False) == {"changed": True, "left": []}
+    assert did == [module.SERVER, "look"]

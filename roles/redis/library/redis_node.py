@@ -20,8 +20,8 @@ options:
         knows all of them and names that master.
       - V(step_down) lets another node take over if this one is the master. Writes pause for about a second; none that was acknowledged
         is lost. It refuses when there is no replica in sync.
-      - V(restart) restarts O(units) of this node while all other members are well, and waits until all are in sync again. A master steps
-        down before its server is restarted.
+      - V(restart) restarts O(units) of this node. A server is restarted only while all other members are well, a master after it has
+        stepped down, and all are in sync again at the end. A Sentinel answers again at the end; the others watch on meanwhile.
     type: str
     required: true
     choices: [wait_redundant, step_down, restart]
@@ -418,6 +418,14 @@ def agreed(node: Node, members: list[str], master: str) -> bool:
         return False
 
 
+def watches(node: Node) -> bool:
+    """Say whether this node's Sentinel answers."""
+    try:
+        return bool(watched(node, node.name))
+    except (OSError, NodeError):
+        return False
+
+
 def watched(node: Node, member: str) -> dict[str, str]:
     """Return what a member's Sentinel says about the master."""
     with node.sentinel(member) as sentinel:
@@ -444,22 +452,25 @@ def restart(node: Node, params: Mapping[str, Any], *, check_mode: bool) -> dict[
     """Restart what is asked for, as far as this pass goes."""
     role = own_role(node)
     keep = role == "master" and bool(node.others) and not params["master"]
-    left = [unit for unit in params["units"] if unit == SERVER and keep]
-    units = [unit for unit in params["units"] if unit not in left]
+    asked = [unit for unit in params["units"] if node.others or unit != SENTINEL]
+    left = [unit for unit in asked if unit == SERVER and keep]
+    units = [unit for unit in asked if unit not in left]
     result: dict[str, Any] = {"changed": bool(units), "left": left}
     if not units or check_mode:
         return result
-    seconds = params["timeout_seconds"]
-    if node.others:  # a member that is just coming up may take a moment
-        wait_redundant(node, seconds, without="" if role == "master" else node.name)
-    if SENTINEL in units and node.others:
+    if SENTINEL in units:
+        # Nothing is asked before: it takes a second in which the others watch on, and with a new password they would not answer
         systemctl_restart(SENTINEL)
+        until(ANSWER_SECONDS * 3, "the start of Sentinel", lambda: watches(node))
     if SERVER in units:
+        seconds = params["timeout_seconds"]
+        if node.others:  # the one that was restarted before this may just be coming up
+            wait_redundant(node, seconds, without="" if role == "master" else node.name)
         if role == "master" and node.others:
             result["pause_seconds"] = round(step_down(node), 2)
             wait_redundant(node, seconds)
         systemctl_restart(SERVER)
-    wait_redundant(node, seconds)
+        wait_redundant(node, seconds)
     return result
 
 
