@@ -230,10 +230,11 @@ def test_faults_hit_both_clusters_and_have_names_of_their_own() -> None:
 def test_broken_promises_are_sentences() -> None:
     one = run.Run.__new__(run.Run)
     one.findings = {"core": figures.compare([1, 2], [1, 2], [1, 1])}
-    one.outcome = run.Outcome(accepted=2, lost=["/api/exports/1"], refused=["key: why"])
+    one.outcome = run.Outcome(accepted=2, lost=["/api/exports/1"], wrong={"/api/exports/2": "has no result"}, refused=["key: why"])
     assert one.broken() == [
         "cluster core: 1 acknowledged commits are lost (for example number 2)",
         "cluster core: 1 commits are there twice (for example number 1)",
+        "/api/exports/2 has no result",
         "1 accepted jobs are not over (for example /api/exports/1)",
         "1 jobs were never accepted (for example key: why)",
     ]
@@ -261,7 +262,7 @@ def result(core_seconds: float) -> dict[str, Any]:
         "load": {"writes_per_second": 25, "requests_per_second": 8, "jobs_per_minute": 15},
         "faults": [fault],
         "commits": {"acknowledged": 24000, "lost": 0, "doubled": 0, "strange": 0, "unacknowledged": 3},
-        "jobs": {"accepted": 120, "lost": [], "wrong": [], "worst_seconds": 41.0},
+        "jobs": {"accepted": 120, "lost": [], "wrong": {}, "worst_seconds": 41.0},
         "http": {"requests": 3840, "failed": 2},
     }
 

@@ -306,9 +306,12 @@ def _effects(person: Person, said: dict[str, Any]) -> int:
 
 
 def _same_again(person: Person, ledger: Ledger, key: str) -> bool:
-    """Ask for the same once more: it must be the same."""
+    """Ask for the same once more, as soon as the rate limit allows: it must be the same."""
     try:
         status, _, headers = post(person, ledger.asked[key])
+        while status == 429:
+            time.sleep(float(headers["Retry-After"]))
+            status, _, headers = post(person, ledger.asked[key])
     except UNREACHABLE:
         return False
     return 200 <= status < 300 and headers["Location"] == ledger.accepted[key]["location"]

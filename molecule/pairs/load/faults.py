@@ -6,6 +6,7 @@ The body of a `with` runs while the fault lasts; kills last no time, because wha
 from __future__ import annotations
 
 import functools
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +16,15 @@ from .places import CLUSTERS, NotInTimeError, Platform, until
 
 #: A new leader must be there by then; how soon it was is measured, not asserted.
 TAKEOVER_LIMIT_SECONDS = 90
-CLOCK = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
+#: For a unit whose clock is ahead. Debian's libfaketime breaks Python's own `sleep`, which asks for a moment and not for a duration.
+CLOCK_FOLDER = "/run/evenkeel-clock"
+CLOCK_SETTING = r"""[Service]
+Environment=LD_PRELOAD=/usr/$LIB/faketime/libfaketime.so.1 FAKETIME=+120s FAKETIME_DONT_FAKE_MONOTONIC=1 DONT_FAKE_MONOTONIC=1
+Environment=PYTHONPATH=/run/evenkeel-clock PYTHONDONTWRITEBYTECODE=1
+"""
+CLOCK_SLEEP = """import select, time
+time.sleep = lambda seconds: select.select([], [], [], seconds) and None
+"""
 
 
 @dataclass(frozen=True)
@@ -144,27 +153,36 @@ def switched_over(cluster: str, platform: Platform) -> Iterator[str]:
     yield f"{before} to {lead()}"
 
 
+def clock_ahead_of(platform: Platform, host: str, units: list[str]) -> None:
+    """Start units again with a clock two minutes ahead."""
+    folders = [f"/run/systemd/system/{unit}.service.d" for unit in units]
+    for command in (
+        "dpkg-query --show libfaketime >/dev/null 2>&1 || "
+        "DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libfaketime >/dev/null",
+        f"mkdir -p {CLOCK_FOLDER} {' '.join(folders)}",
+        f"printf %s {shlex.quote(CLOCK_SLEEP)} > {CLOCK_FOLDER}/sitecustomize.py",
+        *(f"printf %s {shlex.quote(CLOCK_SETTING)} > {folder}/clock.conf" for folder in folders),
+        f"systemctl daemon-reload && systemctl restart {' '.join(units)}",
+        *(f"grep -qz FAKETIME=+120s /proc/$(systemctl show -p MainPID --value {unit})/environ" for unit in units),
+    ):
+        platform.ssh(host, command, limit_seconds=240)
+
+
+def clock_right(platform: Platform, host: str, units: list[str]) -> None:
+    """Start them again with the host's clock."""
+    files = " ".join(f"/run/systemd/system/{unit}.service.d/clock.conf" for unit in units)
+    platform.ssh(host, f"rm -rf {files} {CLOCK_FOLDER}; systemctl daemon-reload; systemctl restart {' '.join(units)}", limit_seconds=240)
+
+
 @contextmanager
 def clock_ahead(cluster: str, platform: Platform) -> Iterator[str]:
     """A member's clock is two minutes ahead, and then this member leads; and so is a worker's."""
     member, worker = platform.standby(cluster), platform.hosts_of("worker")[-1]
-    app = platform.app["name"]
-    places = {member: [f"patroni@{cluster}"], worker: [f"{app}-{name}" for name, each in platform.app["processes"].items()
-                                                      if each["kind"] == "worker"]}  # fmt: skip
-    for host in places:
-        platform.ssh(
-            host,
-            f"test -e {CLOCK} || DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libfaketime >/dev/null",
-            limit_seconds=180,
-        )
-    setting = f"[Service]\\nEnvironment=LD_PRELOAD={CLOCK} FAKETIME=+120s FAKETIME_DONT_FAKE_MONOTONIC=1 DONT_FAKE_MONOTONIC=1\\n"
+    workers = [f"{platform.app['name']}-{name}" for name, each in platform.app["processes"].items() if each["kind"] == "worker"]
+    places = {member: [f"patroni@{cluster}"], worker: workers}
     try:
         for host, units in places.items():
-            for unit in units:
-                folder = f"/run/systemd/system/{unit}.service.d"
-                platform.ssh(host, f"mkdir -p {folder} && printf '{setting}' > {folder}/clock.conf && systemctl daemon-reload && "
-                                   f"systemctl restart {unit} && pid=$(systemctl show -p MainPID --value {unit}) && "
-                                   f"grep -qz FAKETIME=+120s /proc/$pid/environ", limit_seconds=240)  # fmt: skip
+            clock_ahead_of(platform, host, units)
         until("everything to be well with a clock ahead", lambda: not platform.unwell(), 120)
         platform.playbook("switchover", "-e", f"cluster={cluster}")
         port = platform.topology["postgresql"][cluster]["port"]
@@ -174,9 +192,7 @@ def clock_ahead(cluster: str, platform: Platform) -> Iterator[str]:
         yield ", ".join(places)
     finally:
         for host, units in places.items():
-            names = " ".join(units)
-            platform.ssh(host, f"for unit in {names}; do rm -rf /run/systemd/system/$unit.service.d; done; systemctl daemon-reload; "
-                               f"systemctl restart {names}", limit_seconds=240)  # fmt: skip
+            clock_right(platform, host, units)
 
 
 # --- etcd and Redis ----------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from proof import ledger
 
 #: One in so many is a document; exports cost less. Documents are in cluster core, exports in plugins.
 DOCUMENT_EVERY = 4
-#: Keys of each person that are asked for once more at the end; more would meet the rate limit.
-ASKED_AGAIN = 4
+#: Keys of each person that are asked for once more at the end; more would meet the rate limit, and take minutes.
+ASKED_AGAIN = 2
 
 
 @dataclass
@@ -31,8 +31,8 @@ class Outcome:
     #: Never accepted, however long they were asked for.
     refused: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
-    #: Done without a result, done twice, or made for a wish that had been granted already.
-    wrong: list[str] = field(default_factory=list)
+    #: Not as promised in another way, and in which.
+    wrong: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
     worst_seconds: float = 0.0
 
@@ -97,7 +97,9 @@ class Jobs:
             total.done += found.done
             total.failed += found.failed
             total.lost += found.lost
-            total.wrong += [*found.effects_missing, *found.effects_doubled, *found.unexplained, *found.accepted_twice]
+            kinds = {"has no result": found.effects_missing, "has more than one result": found.effects_doubled,
+                     "failed without a reason": found.unexplained, "was made again for the same key": found.accepted_twice}  # fmt: skip
+            total.wrong |= {location: how for how, locations in kinds.items() for location in locations}
             for reason, times in found.reasons.items():
                 total.reasons[reason] = total.reasons.get(reason, 0) + times
             total.worst_seconds = max(total.worst_seconds, *found.delays, 0.0)

@@ -97,7 +97,7 @@ class Run:
             writer.stop()
         self.findings = {cluster: writer.findings() for cluster, writer in self.clusters.items()}
         self.outcome = self.jobs.outcome(JOBS_LIMIT_SECONDS)
-        self.outcome.wrong += self._made_without_need()
+        self.outcome.wrong |= self._made_without_need()
 
     def close(self) -> None:
         """Leave nothing behind."""
@@ -107,14 +107,14 @@ class Run:
             writer.drop()
         self.folder.cleanup()
 
-    def _made_without_need(self) -> list[str]:
+    def _made_without_need(self) -> dict[str, str]:
         """Documents and exports beyond what was accepted and what was asked for without an answer."""
         names = "SELECT id FROM accounts_user WHERE username = ANY(%s)"
         ids = [row[0] for row in self.clusters["core"].ask(names, self.users)]
         ((documents,),) = self.clusters["core"].ask("SELECT count(*) FROM documents_document WHERE owner_id = ANY(%s)", ids)
         ((exports,),) = self.clusters["plugins"].ask("SELECT count(*) FROM exports_export WHERE owner_id = ANY(%s)", ids)
         asked = sum(len(each.ledger.asked) for each in self.jobs.people)
-        return [f"{documents + exports} documents and exports were made for {asked} wishes"] if documents + exports > asked else []
+        return {f"{documents + exports} documents and exports": f"were made for {asked} wishes"} if documents + exports > asked else {}
 
     # --- faults ---
 
@@ -130,8 +130,8 @@ class Run:
 
     def inflict(self, fault: Fault) -> Window:
         """Let one fault happen, wait until the platform is whole again, and count."""
+        until("the platform to be well", lambda: not self._note_unwell(), WHOLE_LIMIT_SECONDS, 2)
         window = Window(fault.title, "", time.monotonic(), promise=fault.promise)
-        self.windows.append(window)
         with fault.inflict(self.platform) as window.hit:
             over = time.monotonic()
             if fault.lasts_seconds:
@@ -148,6 +148,7 @@ class Run:
         window.ended = time.monotonic()
         window.whole_after_seconds = max(0.0, back - over)
         self._count(window)
+        self.windows.append(window)
         return window
 
     def _count(self, window: Window) -> None:
@@ -175,7 +176,7 @@ class Run:
             row = {key: value for key, value in asdict(window).items() if key not in ("began", "ended")}
             row["seconds"] = round(window.ended - window.began, 1)
             row["whole_after_seconds"] = round(window.whole_after_seconds, 1)
-            row["jobs"] = {"accepted": len(took), "lost": len(took & set(outcome.lost)), "wrong": len(took & set(outcome.wrong))}
+            row["jobs"] = {"accepted": len(took), "lost": len(took & set(outcome.lost)), "wrong": len(took & outcome.wrong.keys())}
             faults.append(row)
         whole = of_window(self.browsing.requests, self.began, self.ended)
         return {
@@ -208,8 +209,8 @@ class Run:
                      "rows are there that nobody wrote": found.strange}  # fmt: skip
             told += [f"cluster {cluster}: {len(rows)} {what} (for example number {rows[0]})" for what, rows in kinds.items() if rows]
         outcome = self.outcome or Outcome()
-        kinds_of_jobs = {"accepted jobs are not over": outcome.lost, "jobs have no result, two, or no reason": outcome.wrong,
-                         "jobs were never accepted": outcome.refused}  # fmt: skip
+        told += [f"{what} {how}" for what, how in outcome.wrong.items()]
+        kinds_of_jobs = {"accepted jobs are not over": outcome.lost, "jobs were never accepted": outcome.refused}
         return told + [f"{len(rows)} {what} (for example {rows[0]})" for what, rows in kinds_of_jobs.items() if rows]
 
 
