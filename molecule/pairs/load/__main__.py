@@ -61,26 +61,24 @@ def main() -> int:
     faults = [fault for fault in FAULTS if chosen.only in fault.title]
     if not faults:
         parser.error(f"no fault has {chosen.only!r} in its title; there are: {'; '.join(fault.title for fault in FAULTS)}")
+    say("each fault once" if chosen.each else f"random faults for {chosen.minutes:g} minutes, seed {chosen.seed}")
     run = Run(Platform.of(chosen.inventory.resolve()))
     failed = ""
     try:
-        say("each fault once" if chosen.each else f"random faults for {chosen.minutes:g} minutes, seed {chosen.seed}")
         run.start()
-        if chosen.each:
-            for fault in faults:
-                one(run, fault)
-        else:
-            soak(run, faults, chosen.minutes, chosen.seed)
-    except (NotInTimeError, OSError) as error:
-        failed = str(error)
-    finally:
         try:
-            say("looking what became of everything that was accepted")
-            run.stop()
-            path = keep(run.result() | ({} if chosen.each else {"seed": chosen.seed}))
-            say(f"result: {path}")
-        finally:
-            run.close()
+            if chosen.each:
+                for fault in faults:
+                    one(run, fault)
+            else:
+                soak(run, faults, chosen.minutes, chosen.seed)
+        except (NotInTimeError, OSError) as error:
+            failed = str(error)
+        say("looking what became of everything that was accepted")
+        run.stop()
+        say(f"result: {keep(run.result() | ({} if chosen.each else {'seed': chosen.seed}))}")
+    finally:
+        run.close()
     broken = [*run.broken(), *([failed] if failed else [])]
     for promise in broken:
         say(f"BROKEN: {promise}")
