@@ -16,14 +16,17 @@ from .places import CLUSTERS, NotInTimeError, Platform, until
 
 #: A new leader must be there by then; how soon it was is measured, not asserted.
 TAKEOVER_LIMIT_SECONDS = 90
-#: For a unit whose clock is ahead. Debian's libfaketime breaks Python's own `sleep`, which asks for a moment and not for a duration.
+#: For units whose clock is ahead: read by their Python programs, but not by the suite's, which are isolated and run before them. Debian's
+#: libfaketime breaks either Python's locks or, told to leave the monotonic clock alone, its `sleep`, which is mended here.
 CLOCK_FOLDER = "/run/evenkeel-clock"
-CLOCK_SETTING = r"""[Service]
-Environment=LD_PRELOAD=/usr/$LIB/faketime/libfaketime.so.1 FAKETIME=+120s FAKETIME_DONT_FAKE_MONOTONIC=1 DONT_FAKE_MONOTONIC=1
-Environment=PYTHONPATH=/run/evenkeel-clock PYTHONDONTWRITEBYTECODE=1
-"""
-CLOCK_SLEEP = """import select, time
-time.sleep = lambda seconds: select.select([], [], [], seconds) and None
+CLOCK_SETTING = f"[Service]\nEnvironment=PYTHONPATH={CLOCK_FOLDER} PYTHONDONTWRITEBYTECODE=1\n"
+CLOCK_PROGRAM = """import os, select, sys, time
+if "FAKETIME" in os.environ:
+    time.sleep = lambda seconds: select.select([], [], [], seconds) and None
+else:
+    os.environ |= {"LD_PRELOAD": "/usr/$LIB/faketime/libfaketime.so.1", "FAKETIME": "+120s",
+                   "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1"}
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 """
 
 
@@ -160,10 +163,10 @@ def clock_ahead_of(platform: Platform, host: str, units: list[str]) -> None:
         "dpkg-query --show libfaketime >/dev/null 2>&1 || "
         "DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libfaketime >/dev/null",
         f"mkdir -p {CLOCK_FOLDER} {' '.join(folders)}",
-        f"printf %s {shlex.quote(CLOCK_SLEEP)} > {CLOCK_FOLDER}/sitecustomize.py",
+        f"printf %s {shlex.quote(CLOCK_PROGRAM)} > {CLOCK_FOLDER}/sitecustomize.py",
         *(f"printf %s {shlex.quote(CLOCK_SETTING)} > {folder}/clock.conf" for folder in folders),
         f"systemctl daemon-reload && systemctl restart {' '.join(units)}",
-        *(f"grep -qz FAKETIME=+120s /proc/$(systemctl show -p MainPID --value {unit})/environ" for unit in units),
+        *(f"sleep 2; grep -qz FAKETIME=+120s /proc/$(systemctl show -p MainPID --value {unit})/environ" for unit in units),
     ):
         platform.ssh(host, command, limit_seconds=240)
 
