@@ -173,8 +173,13 @@ def clock_ahead_of(platform: Platform, host: str, units: list[str]) -> None:
 
 def clock_right(platform: Platform, host: str, units: list[str]) -> None:
     """Start them again with the host's clock."""
-    files = " ".join(f"/run/systemd/system/{unit}.service.d/clock.conf" for unit in units)
-    platform.ssh(host, f"rm -rf {files} {CLOCK_FOLDER}; systemctl daemon-reload; systemctl restart {' '.join(units)}", limit_seconds=240)
+    folders = " ".join(f"/run/systemd/system/{unit}.service.d" for unit in units)
+    platform.ssh(
+        host,
+        f"rm -rf {CLOCK_FOLDER}; for folder in {folders}; do rm -f $folder/clock.conf; rmdir --ignore-fail-on-non-empty $folder; done; "
+        f"systemctl daemon-reload; systemctl restart {' '.join(units)}",
+        limit_seconds=240,
+    )
 
 
 @contextmanager
