@@ -191,7 +191,10 @@ def clock_ahead(cluster: str, platform: Platform) -> Iterator[str]:
     try:
         for host, units in places.items():
             clock_ahead_of(platform, host, units)
-        until("everything to be well with a clock ahead", lambda: not platform.unwell(), 120)
+        try:
+            until("everything to be well with a clock ahead", lambda: not platform.unwell(), 180)
+        except NotInTimeError as error:
+            raise NotInTimeError(f"{error}: {', '.join(platform.unwell())}") from None
         platform.playbook("switchover", "-e", f"cluster={cluster}")
         port = platform.topology["postgresql"][cluster]["port"]
         now = float(platform.ssh(member, f"runuser -u postgres -- psql -p {port} -Atc 'select extract(epoch from clock_timestamp())'"))

@@ -21,6 +21,8 @@ from drydock.jobs import engine
 
 PING_PRIORITY = 0  # overtakes every waiting job
 ANSWER_KEPT_SECONDS = 60
+# A ping that nobody waits for any more is dropped by the worker's clock, which may be ahead of ours.
+CLOCK_PATIENCE_SECONDS = 300
 PINGS_KEPT = 10
 MAX_TIMEOUT_SECONDS = 30.0
 
@@ -78,7 +80,11 @@ def _ping(queues: dict[str, Any], timeout_seconds: float) -> dict[str, dict[str,
     try:
         for name, queue in queues.items():
             ping.apply_async(
-                args=[answer_key, name], queue=queue, priority=PING_PRIORITY, expires=timeout_seconds, retry=False
+                args=[answer_key, name],
+                queue=queue,
+                priority=PING_PRIORITY,
+                expires=timeout_seconds + CLOCK_PATIENCE_SECONDS,
+                retry=False,
             )
         while waiting and (left := timeout_seconds - (time.monotonic() - started)) > 0:
             # Slices shorter than the socket's own time limit.
