@@ -89,7 +89,7 @@ def test_redis_speaks_tls_only_and_gives_each_user_its_rights(host: testinfra.ho
     assert host.run(f"{health_user} PING").stdout.strip() == "PONG"
     assert "NOPERM" in host.run(f"{health_user} GET x").stdout
     assert host.run(f"{health_user} CONFIG GET maxmemory-policy").stdout.startswith("NOPERM")
-    settings = host.check_output("grep -hE '^(appendonly|maxmemory-policy|port) ' /etc/redis/redis.conf").splitlines()
+    settings = host.check_output("grep -hE '^(appendonly|maxmemory-policy|port) ' /etc/redis/redis.conf /etc/redis/live.conf").splitlines()
     assert {"appendonly yes", "maxmemory-policy noeviction", "port 0"} <= set(settings)
 
 
