@@ -517,7 +517,7 @@ def test_o3_reads_write_nothing(servers: Servers, read_only: str, sign_in: Maker
         locked = {reader.get(path).status for path in ("/units/formulas/", "/api/units/formulas")}
         assert locked == ({200} if who is reviewer else {403})
         # This tier does refuse writes.
-        assert reader.submit("/units/first-document/attempts", answer="x").status == 500
+        assert reader.submit("/units/first-document/attempts", answer="x").status == 503
     assert servers.sql("core", "SELECT count(*) FROM learning_availability") == before
 
 

@@ -78,28 +78,52 @@ def test_the_lines_of_a_job_carry_the_request_that_caused_it(servers: Servers, s
 @pytest.fixture
 def without_database(servers: Servers) -> Iterator[Browser]:
     """A web tier whose core database is away."""
-    nowhere = f"postgresql://x@localhost:{free_port()}/x"
-    servers.start_web("web-alone", DATABASE_CORE_URL=nowhere)
+    yield from alone(servers, f"postgresql://x@localhost:{free_port()}/x")
+
+
+@pytest.fixture
+def without_tables(servers: Servers) -> Iterator[Browser]:
+    """A web tier whose core database has none of its tables."""
+    yield from alone(servers, servers.environment["DATABASE_CORE_URL"].replace("/drydock?", "/postgres?"))
+
+
+def alone(servers: Servers, core: str) -> Iterator[Browser]:
+    servers.start_web("web-alone", DATABASE_CORE_URL=core)
     browser = Browser(f"https://localhost:{servers.ports['web-alone']}", servers.tls)
     wait_for("the web tier", lambda: browser.get("/health"))
     yield browser
     servers.stop("web-alone")
 
 
-def test_an_exception_is_logged_once_and_its_page_needs_no_database(
-    servers: Servers, without_database: Browser
-) -> None:
+def test_an_exception_is_logged_once_and_its_page_needs_no_database(servers: Servers, without_tables: Browser) -> None:
     request = uuid.uuid4().hex
-    answer = without_database.get("/documents/", **{"X-Request-ID": request, "Cookie": "sessionid=" + "a" * 32})
+    answer = without_tables.get("/documents/", **{"X-Request-ID": request, "Cookie": "sessionid=" + "a" * 32})
     assert answer.status == 500
     assert "text/html" in answer.headers["Content-Type"]
     assert "Something went wrong" in answer.text
     assert f"<code>{request}</code>" in answer.text
-    assert "OperationalError" not in answer.text
+    assert "ProgrammingError" not in answer.text
     found = wait_for("both lines", lambda: two(lines(servers, "web-alone", request=request)))
     assert ["traceback" in line for line in found] == [True, False]
-    program = without_database.get("/api/documents", **{"X-Request-ID": request, "Cookie": "sessionid=" + "a" * 32})
+    program = without_tables.get("/api/documents", **{"X-Request-ID": request, "Cookie": "sessionid=" + "a" * 32})
     assert (program.status, program.json["code"]) == (500, "INTERNAL_SERVER_ERROR")
+    assert program.json["request"] == request
+
+
+def test_a_database_that_is_away_is_named_in_one_line_and_its_page_does_not_need_it(
+    servers: Servers, without_database: Browser
+) -> None:
+    request = uuid.uuid4().hex
+    answer = without_database.get("/documents/", **{"X-Request-ID": request, "Cookie": "sessionid=" + "a" * 32})
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
+    assert "text/html" in answer.headers["Content-Type"]
+    assert "cannot reach its database" in answer.text
+    assert f"<code>{request}</code>" in answer.text
+    found = wait_for("both lines", lambda: two(lines(servers, "web-alone", request=request)))
+    assert not any("traceback" in line for line in found)
+    assert any("a database does not serve" in line["message"] for line in found)
+    program = without_database.get("/api/documents", **{"X-Request-ID": request, "Cookie": "sessionid=" + "a" * 32})
+    assert (program.status, program.json["code"]) == (503, "DATABASE_UNAVAILABLE")
     assert program.json["request"] == request
     missing = without_database.get("/nowhere", Cookie="sessionid=" + "a" * 32)
     assert missing.status == 404
