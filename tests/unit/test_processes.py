@@ -14,7 +14,7 @@ from programs import ROOT, load
 contract_filter = load(ROOT / "filter_plugins/app_contract.py", "evk_app_contract")
 processes = load(ROOT / "filter_plugins/processes.py", "evk_processes")
 run = load(ROOT / "roles/process/files/run.py", "evk_run")
-failure = load(ROOT / "roles/process/files/failure.py", "evk_failure")
+failure = load(ROOT / "roles/base/files/failure.py", "evk_failure")
 
 GROUPS = {"all": ["a", "b", "c"], "web": ["a"], "worker": ["a", "b"], "script": ["c"]}
 ADDRESSES = {"a": "10.0.0.1", "b": "10.0.0.2", "c": "10.0.0.3"}
