@@ -113,6 +113,7 @@ HEALTH = Record(
             )
         ),
         "command": Field(COMMAND),
+        "restart": Field(Flag()),
     }
 )
 
@@ -345,12 +346,17 @@ def _members(group: str, groups: Mapping[str, Sequence[str]], path: str) -> list
 
 
 def _health(process: dict[str, Any], secrets: Mapping[str, str], path: str) -> dict[str, Any]:
-    """Normalise to ``{"kind": "http" | "command" | "unit", …}``."""
-    given = process.get("health")
-    if given is None:
-        return {"kind": "unit"}  # H1: every service has a check; without a better one: its unit runs
+    """Normalise to ``{"kind": "http" | "command" | "unit", "restart": …, …}``."""
+    if "health" not in process:  # H1: every service has a check; without a better one: its unit runs, for which systemd cares
+        return {"kind": "unit", "restart": False}
+    given = dict(process["health"])
+    restart = given.pop("restart", True)
     if len(given) != 1:
         raise ContractError(f"{path}: must have exactly one of http and command")
+    return {**_check(given, process, secrets, path), "restart": restart}
+
+
+def _check(given: Mapping[str, Any], process: Mapping[str, Any], secrets: Mapping[str, str], path: str) -> dict[str, Any]:
     if "command" in given:
         if any(CREDENTIALS in word for word in given["command"]):
             raise ContractError(f"{path}.command: {CREDENTIALS} is for the process alone; its health check runs apart and has none")

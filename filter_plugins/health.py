@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-NEEDS = {"http": "url", "command": "command", "unit": "unit"}
+NEEDS = {"http": "url", "command": "command", "unit": "unit", "timer": "timers"}
+OWN_DEFAULTS = {"timer": {"retries": 1}}  # the result of a run does not change by asking again
 
 
 class HealthTableError(ValueError):
@@ -29,13 +30,20 @@ def health_table(services: Sequence[Mapping[str, Any]], defaults: Mapping[str, A
             raise HealthTableError(f"{place}.{needed}: is missing; a check of kind {kind} needs it")
         if service.get("user") and (kind != "command" or service.get("credentials")):
             raise HealthTableError(f"{place}.user: only a command runs as a user, and its secrets are in environment_files")
-        if kind == "unit" and service.get("remote"):
+        if kind in ("unit", "timer") and service.get("remote"):
             raise HealthTableError(f"{place}: a unit on another host cannot be seen from here; use an http or command check")
+        if service.get("restart") and (kind == "timer" or service.get("remote") or not service.get("unit")):
+            raise HealthTableError(f"{place}.restart: only a service of this host that has a unit can be restarted")
         for alternative in service.get("alternatives") or []:
             if list(alternative) != [needed]:
                 raise HealthTableError(f"{place}.alternatives: each has {needed} and nothing else, because the check is of kind {kind}")
         # packages are for the role, not for the program that checks
-        table[name] = {**defaults, **{key: value for key, value in service.items() if value is not None and key != "packages"}}
+        given = {key: value for key, value in service.items() if value is not None and key != "packages"}
+        table[name] = {**defaults, **OWN_DEFAULTS.get(kind, {}), **given}
+    for name, row in table.items():
+        for other in row.get("after") or []:
+            if other not in table:
+                raise HealthTableError(f'healthcheck_services.{name}.after: no row is called "{other}"')
     return [table[name] for name in sorted(table)]
 
 

@@ -188,8 +188,10 @@ def process_units(contract: Mapping[str, Any], group_names: Sequence[str]) -> li
 
 
 def contract_health_services(contract: Mapping[str, Any], host: str, addresses: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Entries of `healthcheck_services` for this host: its own processes, and those elsewhere that they wait for.
+    """Entries of `healthcheck_services` for this host: its own processes and timers, and those elsewhere that they wait for.
 
+    An unhealthy process may be restarted, unless it says otherwise; not while a service that it needs is not healthy, or the process
+    of the application that answers for it. Timers are watched by their last run.
     `addresses`: host -> address. A process on several hosts is one service to those who wait for it elsewhere, and any of
     them may answer for it.
     """
@@ -200,7 +202,11 @@ def contract_health_services(contract: Mapping[str, Any], host: str, addresses: 
             wanted += process["after"]
             if process["kind"] not in OCCASIONAL:
                 entry = _health_entry(contract, process, addresses[host])
-                own[entry["name"]] = entry
+                needed = [*process["after"], *_answers_for(contract, process, host)]
+                own[entry["name"]] = entry | {"restart": process["health"]["restart"], "after": needed}
+            if process["kind"] == "timer":
+                name = f"{contract['name']}-{process['name']}"
+                own[name] = {"name": name, "owner": contract["name"], "kind": "timer", "timers": [process["timer"]]}
     remote = [
         _remote_entry(contract, process, [addresses[member] for member in process["members"]])
         for process in contract["processes"].values()
@@ -216,6 +222,16 @@ def _remote_entry(contract: Mapping[str, Any], process: Mapping[str, Any], addre
     return {**entries[0], "remote": True} | ({"alternatives": others} if others else {})
 
 
+def _answers_for(contract: Mapping[str, Any], process: Mapping[str, Any], host: str) -> list[str]:
+    """The processes of this host at whose port the health of another one is asked: its failures may be theirs."""
+    port = process["health"].get("port")
+    return [
+        f"{contract['name']}-{other['name']}"
+        for other in contract["processes"].values()
+        if port and other["port"] == port and other["name"] != process["name"] and host in other["members"]
+    ]
+
+
 def _health_entry(contract: Mapping[str, Any], process: Mapping[str, Any], address: str) -> dict[str, Any]:
     health, paths = process["health"], contract["paths"]
     entry: dict[str, Any] = {
@@ -226,7 +242,8 @@ def _health_entry(contract: Mapping[str, Any], process: Mapping[str, Any], addre
         "start_period_seconds": process["start_period_seconds"],
     }
     if process["port"] is not None:
-        entry["endpoint"] = f"{address}:{process['port']}"
+        own_port = health.get("port") == process["port"]
+        entry |= {"endpoint": f"{address}:{process['port']}", "protocol": ("https" if "ca" in health else "http") if own_port else "tcp"}
     if health["kind"] == "http":
         # As the proxy would ask, so that an application that insists on TLS answers instead of redirecting.
         headers = {"X-Forwarded-Proto": "https"} | ({"Host": health["host"]} if "host" in health else {})

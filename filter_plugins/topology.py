@@ -205,27 +205,28 @@ def platform_health_services(
 
     def redis_cli(address: str, port: int, *words: str) -> dict[str, Any]:
         command = ["redis-cli", "-e", "--tls", "--cacert", ca, "-h", address, "-p", str(port), "--user", "health", *words]
-        return {"kind": "command", "command": command, "credentials": {"REDISCLI_AUTH": "redis-health"}}
+        return {"kind": "command", "command": command, "credentials": {"REDISCLI_AUTH": "redis-health"}, "protocol": "Redis, TLS"}
 
     def local(name: str, address: str, port: int) -> dict[str, Any]:
         if name == "etcd":
             url = f"http://127.0.0.1:{topo['ports']['etcd-metrics']}/health"
-            return {"unit": "etcd.service", "kind": "http", "url": url, "contains": '"health":"true"'}
+            return {"unit": "etcd.service", "kind": "http", "url": url, "contains": '"health":"true"', "protocol": "gRPC, TLS"}
         if name == "redis":
             return {"unit": "redis-server.service", **redis_cli(address, port, "PING"), "expected": "PONG"}
         if name == "redis-sentinel":
             return {"unit": "redis-sentinel.service", **redis_cli(address, port, "PING"), "expected": "PONG"}
         if name == "object-storage":
-            url = f"https://{address}:{port}/"
-            return {"unit": "object-storage.service", "kind": "http", "url": url, "ca": ca, "status": 400}  # unsigned: refused
+            url = f"https://{address}:{port}/"  # unsigned, so it is refused
+            return {"unit": "object-storage.service", "kind": "http", "url": url, "ca": ca, "status": 400, "protocol": "https (S3)"}
         if name == "proxy":
-            return {"unit": "nginx.service", "kind": "http", "url": f"https://{address}:{port}/nginx-health", "ca": ca}
+            return {"unit": "nginx.service", "kind": "http", "url": f"https://{address}:{port}/nginx-health", "ca": ca, "protocol": "https"}
         if name == "keepalived":  # wherever the address is, it answers from here
-            return {"unit": "keepalived.service", "kind": "http", "url": f"https://{virtual_address}:{port}/nginx-health", "ca": ca}
+            url = f"https://{virtual_address}:{port}/nginx-health"
+            return {"unit": "keepalived.service", "kind": "http", "url": url, "ca": ca, "protocol": "https"}
         cluster = name.removeprefix("postgresql-")
         owned = contract["databases"].get(cluster, database)
         command = ["/usr/lib/postgresql/15/bin/pg_isready", "-h", address, "-p", str(port), "-U", owned["owner"], "-d", owned["name"]]
-        return {"unit": f"patroni@{cluster}.service", "kind": "command", "command": command}
+        return {"unit": f"patroni@{cluster}.service", "kind": "command", "command": command, "protocol": "PostgreSQL, TLS"}
 
     def remote(name: str, address: str, port: int) -> dict[str, Any]:
         if name == "redis":
@@ -234,7 +235,7 @@ def platform_health_services(
         if name.startswith("postgresql-"):
             cluster = name.removeprefix("postgresql-")
             url = f"https://{address}:{topo['postgresql'][cluster]['rest_port']}/primary"
-            return {"unit": f"patroni@{cluster}.service", "kind": "http", "url": url, "ca": ca}
+            return {"unit": f"patroni@{cluster}.service", "kind": "http", "url": url, "ca": ca, "protocol": "PostgreSQL, TLS"}
         return local(name, address, port)
 
     places = {
@@ -265,7 +266,8 @@ def platform_health_services(
             services.append({**service, "alternatives": others} if others else service)
         elif name in wanted and name == "object-storage" and place["url"]:  # not ours: that it answers is all that it tells strangers
             command = ["curl", "--silent", "--show-error", "--output", "/dev/null", place["url"]]
-            services.append({**service, "kind": "command", "command": command, "endpoint": place["url"], "remote": True})
+            asked = {"kind": "command", "command": command, "endpoint": place["url"], "protocol": "https (S3)"}
+            services.append({**service, **asked, "remote": True})
     return services
 
 

@@ -76,10 +76,11 @@ def test_a_good_contract_comes_back_complete() -> None:
         "port": 8000,
         "status": 200,
         "bearer": "PIER_TOKEN",
+        "restart": True,
     }
     assert (web["path"], web["start_period_seconds"], web["members"]) == ("/", 30, ["a", "b"])
     assert web["command"] == ["gunicorn", "--threads", "4"]
-    assert (slow["stop_seconds"], slow["health"], slow["start_period_seconds"]) == (180, {"kind": "unit"}, 10)
+    assert (slow["stop_seconds"], slow["health"], slow["start_period_seconds"]) == (180, {"kind": "unit", "restart": False}, 10)
     assert (sweep["timer"], sweep["socket"]) == ("pier-sweep.timer", None)
     assert [step["name"] for step in contract["bootstrap"]["web"]] == ["10-web", "20-later"]
     assert contract["databases"] == {"core": {"name": "pier", "owner": "pier"}}
@@ -111,6 +112,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("processes/web/after", ["pier-slow"], "app.processes.slow.health: is missing; web on a waits"),
     ("processes/web/health", {}, "app.processes.web.health: must have exactly one of http and command"),
     ("processes/web/health/http/bearer", "PIER_TOKN", 'app.processes.web.health.http.bearer: app.secrets has no "PIER_TOKN"'),
+    ("processes/web/health", {"restart": False}, "app.processes.web.health: must have exactly one of http and command"),
+    ("processes/web/health/restart", "no", "app.processes.web.health.restart: must be true or false, but is a text"),
     ("processes/slow/health", {"http": {"path": "/"}}, "app.processes.slow.health.http.port: is missing"),
     ("processes/slow/task_time_limit_seconds", ..., "app.processes.slow.task_time_limit_seconds: is missing"),
     ("processes/sweep/on_calendar", ..., "app.processes.sweep.on_calendar: is missing"),
@@ -197,6 +200,6 @@ def test_s3_a_task_may_wait_for_the_process_that_starts_it() -> None:
 
 def test_a_health_check_over_tls_trusts_the_platforms_ca_unless_told_otherwise() -> None:
     health = app_contract(APP, GROUPS)["processes"]["script"]["health"]
-    assert health == {"kind": "http", "path": "/", "port": 4064, "status": 200, "ca": "/etc/evenkeel/pki/ca.crt"}
+    assert health == {"kind": "http", "path": "/", "port": 4064, "status": 200, "ca": "/etc/evenkeel/pki/ca.crt", "restart": True}
     other = changed("processes/script/health/http/ca", "/etc/other.crt")
     assert app_contract(other, GROUPS)["processes"]["script"]["health"]["ca"] == "/etc/other.crt"

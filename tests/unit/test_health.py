@@ -313,6 +313,28 @@ def test_the_table_gets_the_defaults_and_refuses_nonsense() -> None:
             tables.health_table(rows, defaults)
 
 
+def test_the_result_of_a_timers_last_run_is_believed_at_once() -> None:
+    (row,) = tables.health_table([{"name": "a", "kind": "timer", "timers": ["a.timer"]}], {"retries": 30, "interval_seconds": 10})
+    assert (row["retries"], row["interval_seconds"]) == (1, 10)
+    health.Service(**row)
+
+
+def test_only_a_unit_of_this_host_can_be_restarted() -> None:
+    good = {"name": "a", "kind": "unit", "unit": "a.service", "restart": True, "after": ["b"]}
+    other = {"name": "b", "kind": "http", "url": "x", "remote": True}
+    (row, _) = tables.health_table([good, other], {})
+    assert health.Service(**row).restart
+    for wrong in (
+        {"name": "b", "kind": "http", "url": "x", "restart": True},
+        {**other, "unit": "b.service", "restart": True},
+        {"name": "b", "kind": "timer", "timers": ["b.timer"], "unit": "b.service", "restart": True},
+    ):
+        with pytest.raises(tables.HealthTableError, match="only a service of this host that has a unit can be restarted"):
+            tables.health_table([wrong], {})
+    with pytest.raises(tables.HealthTableError, match='no row is called "b"'):
+        tables.health_table([good], {})
+
+
 def test_packages_are_for_the_role_not_for_the_program() -> None:
     (row,) = tables.health_table([{"name": "a", "kind": "command", "command": ["x"], "packages": ["x-tools"]}], {})
     health.Service(**row)
@@ -328,3 +350,246 @@ def test_one_daemon_for_each_user() -> None:
     first, second = tables.health_watchers(rows)
     assert (first["unit"], first["environment_files"]) == ("evenkeel-health.service", [])
     assert (second["unit"], second["environment_files"]) == ("evenkeel-health-pier.service", ["/e", "/s"])
+
+
+# --- timers -------------------------------------------------------------------------------------------------------------
+
+
+def said(timer: str = "active", service: str = "inactive", result: str = "success", ran: str = "5") -> dict[str, dict[str, str]]:
+    run = {"ActiveState": service, "Result": result, "ExecMainStatus": "1", "ExecMainExitTimestampMonotonic": ran}
+    return {"x.timer": {"LoadState": "loaded", "ActiveState": timer}, "x.service": run}
+
+
+@pytest.mark.parametrize(
+    ("given", "noted", "passed", "words"),
+    [
+        (said(), False, True, "active; the last run succeeded"),
+        (said(ran="0"), False, True, "no run since the boot"),
+        (said(timer="inactive"), False, False, "x.timer is inactive: nothing starts x.service. Next: systemctl start x.timer"),
+        ({}, False, False, "x.timer is unknown to systemd"),
+        ({"x.timer": {"LoadState": "not-found", "ActiveState": "inactive"}}, False, False, "x.timer is not installed"),
+        (said(service="failed", result="exit-code"), False, False, "failed (exit-code, exit status 1). Next: journalctl -u x.service"),
+        (said(service="inactive", result="timeout"), False, False, "the last run of x.service failed (timeout"),
+        (said(service="activating"), False, None, "x.service is running"),
+        (said(timer="failed", service="activating"), False, False, "x.timer is failed"),
+        (said(ran="0"), True, False, "the last run of x.service failed. Next:"),
+        (said(service="activating"), True, None, "x.service is running"),
+    ],
+)
+def test_h3_a_timer_is_healthy_when_it_is_active_and_its_last_run_did_not_fail(
+    given: dict[str, dict[str, str]], noted: bool, passed: bool | None, words: str
+) -> None:
+    outcome = health.judge_timer("x.timer", given, noted)
+    assert outcome.passed is passed
+    assert words in outcome.message
+
+
+def test_one_timer_of_several_is_enough_to_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(health, "FAILURES", tmp_path)
+    service = health.Service("x", "timer", timers=["x.timer", "y.timer"])
+    units = said() | {name.replace("x", "y"): value for name, value in said().items()}
+    asked: list[list[str]] = []
+    monkeypatch.setattr(health, "show_units", lambda names, _timeout: (asked.append(list(names)), units)[1])
+    monkeypatch.setattr(health, "_SYSTEMD", health.Systemd())
+    assert health.check(service, {}, "-").message == "active; the last run succeeded"
+    assert health.check(service, {}, "-").passed is True
+    assert len(asked) == 1, "systemd is asked once for rows that come one after another"
+    (tmp_path / "y.service").touch()
+    assert health.check(service, {}, "-").message.startswith("the last run of y.service failed")
+
+
+def test_while_a_timers_service_runs_its_last_result_stands() -> None:
+    service = health.Service("x", "timer", timers=["x.timer"], retries=1)
+    running, failed = health.Outcome(None, "x.service is running"), health.Outcome(False, "it failed")
+    state = health.advance(health.begin("x", "-", 0.0), running, service, 20.0, 0.0)
+    assert state.status == "healthy"
+    state = health.advance(state, failed, service, 30.0, 0.0)
+    assert (state.status, state.streak) == ("unhealthy", -1), "at once, not after thirty times"
+    state = health.advance(state, running, service, 40.0, 0.0)
+    assert (state.status, state.streak, state.checked) == ("unhealthy", -1, 40.0)
+    assert health.advance(state, GOOD, service, 50.0, 0.0).status == "healthy"
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_what_prometheus_reads() -> None:
+    states = [play([(1, GOOD), (2, GOOD)]), replace(play([(11, BAD), (12, BAD), (13, BAD)]), name="web"), health.begin("new", "", 0.0)]
+    text = health.health_metrics(states)
+    lines = text.splitlines()
+    for line in (
+        'evenkeel_health_state{service="redis",state="healthy"} 1',
+        'evenkeel_health_state{service="redis",state="unhealthy"} 0',
+        'evenkeel_health_state{service="web",state="unhealthy"} 1',
+        'evenkeel_health_state{service="new",state="starting"} 1',
+        'evenkeel_health_successes{service="redis"} 2',
+        'evenkeel_health_failures{service="redis"} 0',
+        'evenkeel_health_failures{service="web"} 3',
+        'evenkeel_health_last_check_timestamp_seconds{service="web"} 13',
+        'evenkeel_health_check_duration_seconds{service="web"} 0.0100',
+    ):
+        assert line in lines
+    assert 'last_check_timestamp_seconds{service="new"}' not in text, "nothing was checked in 1970"
+    for line in lines:
+        if not line.startswith("#"):
+            name = line.partition("{")[0]
+            assert f"# TYPE {name} gauge" in lines
+    assert max(lines.count(line) for line in lines) == 1
+
+
+def test_a_full_disk_stops_no_watch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Watched:
+        state = health.begin("x", "", 0.0)
+        changed = True
+
+    file = health.MetricsFile(tmp_path / "gone" / "health.prom")
+    file.update([Watched()])
+    Watched.changed = True
+    file.update([Watched()])
+    assert capsys.readouterr().err.count("cannot be written") == 1, "told once"
+    (tmp_path / "gone").mkdir()
+    Watched.changed = True
+    file.update([Watched()])
+    assert "evenkeel_health_state" in (tmp_path / "gone/health.prom").read_text()
+
+
+# --- restarts -----------------------------------------------------------------------------------------------------------
+
+WEB = health.Service("web", "http", unit="web.service", retries=3, restart=True, after=["redis"])
+LIMIT = health.Limit(3, 3600.0)
+
+
+def at(status: str, streak: int, invocation: str = "abc") -> Any:
+    return health.State("web", status, streak, 0.0, 0.0, 0.0, 0.0, "no answer", invocation)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "wanted"),
+    [
+        (at("healthy", -2), at("unhealthy", -3), True),
+        (at("unhealthy", -3), at("unhealthy", -4), False),
+        (at("unhealthy", -5), at("unhealthy", -6), True),
+        (at("unhealthy", -6), at("healthy", 1), True),
+        (at("starting", 0), at("healthy", 1), True),
+        (at("healthy", 1), at("healthy", 2), False),
+        (at("healthy", -1), at("healthy", -2), False),
+    ],
+)
+def test_root_is_asked_when_it_becomes_unhealthy_and_every_so_many_failures(before: Any, after: Any, wanted: bool) -> None:
+    assert health.wants_judgement(before, after, WEB) is wanted
+    assert not health.wants_judgement(before, after, replace(WEB, restart=False))
+
+
+def judge(state: Any, recent: list[float], now: float = 10000.0, against: str = "", given_up: str = "") -> tuple[str, str]:
+    action, told = health.judge_restart(WEB, state, health.Record(len(recent), recent, given_up), LIMIT, now, lambda: against)
+    return action, told
+
+
+def test_an_unhealthy_service_is_restarted_within_the_limit_and_then_left_to_a_person() -> None:
+    sick = at("unhealthy", -3)
+    assert judge(sick, []) == ("restart", "web is unhealthy and restarted (1 of 3 within 1 h): no answer")
+    assert judge(sick, [9000.0, 9500.0])[0] == "restart"
+    action, told = judge(sick, [9000.0, 9500.0, 9600.0])
+    assert action == "give up"
+    assert "web.service is unhealthy and left alone after 3 restarts within 1 h: no answer. Next: journalctl -u web.service -n 50" in told
+    assert judge(sick, [9000.0, 9500.0, 9600.0], now=13000.0)[0] == "restart", "the window moves on"
+    assert judge(sick, [1.0], given_up="abc")[0] == "give up", "and who was given up stays so until somebody starts it"
+    assert judge(at("unhealthy", -3, "new run"), [1.0], given_up="abc")[0] == "restart"
+
+
+def test_what_a_restart_would_not_cure_is_not_restarted() -> None:
+    assert judge(at("unhealthy", -3), [], against="it needs redis, which is unhealthy") == (
+        "leave",
+        "web is unhealthy, but not restarted: it needs redis, which is unhealthy",
+    )
+    assert judge(at("healthy", 1), [])[0] == "forget"
+    assert judge(at("starting", 0), [])[0] == ""
+
+
+@pytest.fixture
+def platform(host: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The host with a web process that may be restarted, and what the root side sees and does."""
+    web = {"name": "web", "kind": "http", "url": "http://x/", "unit": "web.service", "retries": 3, "restart": True, "after": ["redis"]}
+    table = json.loads((host / "health.json").read_text())
+    table["services"].append(web)
+    (host / "health.json").write_text(json.dumps(table | {"restarts": {"limit": 2, "window_seconds": 3600}}))
+    (host / "units/invocation:web.service").symlink_to("abc")
+    for name in ("requests", "failures", "metrics"):
+        (host / name).mkdir()
+    for name, path in (("REQUESTS", "requests"), ("FAILURES", "failures"), ("METRICS", "metrics"), ("RESTARTS", "restarts.json")):
+        monkeypatch.setattr(health, name, host / path)
+    me = health.pwd.getpwuid(os.geteuid()).pw_name
+    monkeypatch.setattr(health, "CHECK_USER", me)
+    monkeypatch.setattr(health, "show_units", lambda names, _timeout: {name: {"ActiveState": "active"} for name in names})
+    put(host)
+    return host
+
+
+def ask_root(host: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
+    """Leave requests, and return the units that were restarted."""
+    restarted: list[str] = []
+
+    def run(command: list[str], **_options: Any) -> Any:
+        assert command[:3] == ["systemctl", "try-restart", "--no-block"], command
+        assert json.loads((host / "restarts.json").read_text())["web"]["total"] > 0, "counted before it is done"
+        restarted.append(command[-1])
+        return subprocess.CompletedProcess(command, 0)
+
+    for name in names:
+        (host / "requests" / name).touch()
+    monkeypatch.setattr(health.subprocess, "run", run)
+    assert health.main(["restart"]) == 0
+    assert not list((host / "requests").iterdir()), "or systemd would call again at once"
+    return restarted
+
+
+def sick(host: Path, **fields: Any) -> None:
+    put(host, name="web", status="unhealthy", streak=-3, message="no answer", **fields)
+
+
+def test_root_restarts_up_to_the_limit_and_then_tells_the_operator(
+    platform: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sick(platform)
+    assert ask_root(platform, monkeypatch, "web") == ["web.service"]
+    assert ask_root(platform, monkeypatch, "web") == ["web.service"]
+    assert ask_root(platform, monkeypatch, "web") == []
+    note = (platform / "failures/web.service").read_text()
+    assert "web.service is unhealthy and left alone after 2 restarts within 1 h: no answer. Next: journalctl" in note
+    assert "left alone after 2 restarts" in capsys.readouterr().out
+    metrics = (platform / "metrics/health-restarts.prom").read_text()
+    assert 'evenkeel_health_restarts_total{service="web"} 2' in metrics
+    assert 'evenkeel_health_given_up{service="web"} 1' in metrics
+    put(platform, name="web", status="healthy")
+    assert ask_root(platform, monkeypatch, "web") == []
+    assert not (platform / "failures/web.service").exists(), "it is well: the note is out of date"
+    assert 'evenkeel_health_given_up{service="web"} 0' in (platform / "metrics/health-restarts.prom").read_text()
+
+
+def test_root_restarts_nothing_that_the_table_does_not_name(
+    platform: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(platform, status="unhealthy", streak=-3)
+    (platform / "requests/folder").mkdir()
+    (platform / "requests/folder/file").touch()
+    assert ask_root(platform, monkeypatch, "redis", "nobody") == []
+    assert capsys.readouterr().out.count("does not allow") == 3
+
+
+def test_root_looks_for_itself(platform: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    put(platform, name="web", status="healthy")
+    assert ask_root(platform, monkeypatch, "web") == [], "it is well"
+    sick(platform, invocation="older")
+    assert ask_root(platform, monkeypatch, "web") == [], "what was unhealthy is gone"
+    sick(platform)
+    put(platform, streak=-1, message="no PONG")
+    assert ask_root(platform, monkeypatch, "web") == [], "a restart does not bring Redis back"
+    assert "not restarted: it needs redis, which is failing (no PONG)" in capsys.readouterr().out
+    put(platform)
+    with monkeypatch.context() as patch:
+        patch.setattr(health, "show_units", lambda names, _timeout: {name: {"ActiveState": "activating"} for name in names})
+        assert ask_root(platform, monkeypatch, "web") == [], "it is being started"
+    with monkeypatch.context() as patch:
+        patch.setattr(health, "CHECK_USER", "daemon")
+        assert ask_root(platform, monkeypatch, "web") == [], "somebody else has written that state"
+    assert ask_root(platform, monkeypatch, "web") == ["web.service"]

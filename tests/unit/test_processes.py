@@ -157,7 +157,7 @@ def test_whichever_process_starts_first_makes_the_apps_directories_as_a_step_dec
 
 def test_health_services_of_a_host_and_those_it_waits_for() -> None:
     own = {entry["name"]: entry for entry in processes.contract_health_services(CONTRACT, "a", ADDRESSES)}
-    assert set(own) == {"pier-web", "pier-slow"}
+    assert set(own) == {"pier-web", "pier-slow", "pier-sweep"}
     assert own["pier-web"]["url"] == "http://10.0.0.1:8000/h"
     assert own["pier-web"]["headers"] == {"X-Forwarded-Proto": "https", "Host": "pier.example"}
     assert own["pier-slow"]["command"] == ["/opt/pier/current/venv/bin/ping"]
@@ -166,6 +166,33 @@ def test_health_services_of_a_host_and_those_it_waits_for() -> None:
     assert other["pier-web"]["remote"] is True
     assert "alternatives" not in other["pier-web"]
     assert processes.contract_credentials(CONTRACT) == {"TOKEN": "t"}
+
+
+def rows_with(host: str, **changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The health rows of a host, with changes to processes of the contract."""
+    described = {name: {**process, **changes.get(name, {})} for name, process in CONTRACT["processes"].items()}
+    rows = processes.contract_health_services({**CONTRACT, "processes": described}, host, ADDRESSES)
+    return {entry["name"]: entry for entry in rows}
+
+
+def test_an_unhealthy_process_is_restarted_unless_it_says_otherwise_or_is_only_seen_to_run() -> None:
+    own = rows_with("a")
+    assert (own["pier-web"]["restart"], own["pier-slow"]["restart"]) == (True, True)
+    assert own["pier-slow"]["after"] == ["pier-web"], "while this is not healthy, a restart would not help"
+    off = {"kind": "http", "path": "/h", "port": 8000, "status": 200, "restart": False}
+    assert rows_with("a", web={"health": off})["pier-web"]["restart"] is False
+    assert "restart" not in rows_with("b")["pier-web"], "it is another host's"
+
+
+def test_a_process_for_which_another_one_answers_is_not_restarted_for_the_others_trouble() -> None:
+    at_the_web = {"kind": "http", "path": "/ping/slow", "port": 8000, "status": 200, "restart": True}
+    assert rows_with("a", slow={"health": at_the_web, "after": []})["pier-slow"]["after"] == ["pier-web"]
+    assert rows_with("a", slow={"health": at_the_web, "after": []})["pier-web"]["after"] == []
+
+
+def test_every_timer_of_a_host_is_watched_by_its_last_run() -> None:
+    assert rows_with("b")["pier-sweep"] == {"name": "pier-sweep", "owner": "pier", "kind": "timer", "timers": ["pier-sweep.timer"]}
+    assert "pier-sweep" not in rows_with("c")
 
 
 def test_any_host_of_a_process_may_answer_for_it_elsewhere() -> None:

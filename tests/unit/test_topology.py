@@ -99,6 +99,12 @@ def test_health_rows_of_a_host_and_of_what_it_waits_for_elsewhere() -> None:
     assert "alternatives" not in there[0]
 
 
+def test_nothing_of_the_platform_is_restarted_for_its_health_a_database_least_of_all() -> None:
+    rows = t.platform_health_services(t.topology(groups(), ADDRESSES), "a", APP, "/pki", "10.0.0.9")
+    assert not [row["name"] for row in rows if "restart" in row]
+    assert all(row["protocol"] for row in rows)
+
+
 def test_any_member_may_answer_for_a_service_elsewhere_but_only_the_one_that_takes_writes() -> None:
     addresses = {name: f"10.0.0.{number}" for number, name in enumerate("abcd", 1)}
     hosts = {"all": list("abcd"), **{name: ["a"] for name in SERVICES}, "redis": ["a", "b", "c"], "postgresql_core": ["a", "b"]}

@@ -5,7 +5,8 @@ The semantics are those of a container's health check. A service is *starting* u
 *healthy*; failures within the start period do not count; `retries` failures in a row make it *unhealthy*; one success
 makes it healthy again. A restart of the service's unit begins anew.
 
-The daemon reads ``/etc/evenkeel/health.json`` and writes ``/run/evenkeel/health/<service>.json`` (atomically).
+The daemon reads ``/etc/evenkeel/health.json`` and writes ``/run/evenkeel/health/<service>.json`` (atomically), and metrics. It has no
+privileges. When a service whose row has ``restart`` is unhealthy it leaves a request; a unit of root looks for itself and decides.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import json
 import os
 import pwd
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,7 +30,7 @@ from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import FrameType
 
 HOPELESS_RESTARTS = 3  # a process that ended so often while somebody waited for it will not come up
@@ -36,16 +38,26 @@ TABLE = Path("/etc/evenkeel/health.json")
 CREDENTIALS = Path("/etc/evenkeel/health.credentials")
 STATES = Path("/run/evenkeel/health")
 INVOCATIONS = Path("/run/systemd/units")
+FAILURES = Path("/var/lib/evenkeel/failures")  # a note for each unit that failed for good, until it runs again
+METRICS = Path("/var/lib/evenkeel/metrics")
+REQUESTS = Path("/run/evenkeel/health-restart")  # from the daemons to root: an empty file with the name of a service
+RESTARTS = Path("/var/lib/evenkeel/health/restarts.json")  # what root did, for the limit
 CHECK_USER = "evenkeel-health"
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 BODY_LIMIT = 256 * 1024
 MESSAGE_LIMIT = 300
 # A service that has just been started is asked more often, so that those who wait for it need not wait for a turn.
 STARTING_INTERVAL = 1.0
+METRICS_SECONDS = 10.0  # as often as the checks; a change is written at once
+SHARED_SECONDS = 5.0  # rows that ask systemd so soon one after another share an answer
+SHOWN_SECONDS = 86400.0  # restarts of the last day are shown beside the status
+PROPERTIES = ("Id", "LoadState", "ActiveState", "Result", "ExecMainStatus", "ExecMainExitTimestampMonotonic")
+RUNNING = ("activating", "active", "reloading", "deactivating")
 
 OK, NOT_HEALTHY, USAGE = 0, 1, 2
 
 Status = Literal["starting", "healthy", "unhealthy"]
+STATUSES: tuple[Status, ...] = ("starting", "healthy", "unhealthy")
 
 
 @dataclass(frozen=True)
@@ -76,19 +88,23 @@ class Service:
     start_period_seconds: float = 10
     remote: bool = False
     alternatives: list[dict[str, Any]] = field(default_factory=list)
+    timers: list[str] = field(default_factory=list)
+    restart: bool = False
+    after: list[str] = field(default_factory=list)
+    protocol: str = ""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one check."""
+    """The result of one check; `passed` is None while the run that will decide is under way."""
 
-    passed: bool
+    passed: bool | None
     message: str
 
 
 @dataclass(frozen=True)
 class State:
-    """What is known of one service; `since` and `checked` are seconds since 1970."""
+    """What is known of one service. `since` and `checked` are seconds since 1970; `streak` counts successes, or failures below 0."""
 
     name: str
     status: Status
@@ -116,7 +132,9 @@ def begin(name: str, invocation: str, now: float) -> State:
 def advance(state: State, outcome: Outcome, service: Service, now: float, seconds: float) -> State:
     """The state after one more check. `streak` counts the results in a row that speak for the same side."""
     state = replace(state, checked=now, seconds=round(seconds, 4), message=outcome.message)
-    if outcome.passed:
+    if outcome.passed is None and state.status == "unhealthy":
+        return state
+    if outcome.passed is not False:
         if state.status == "healthy":
             return replace(state, streak=max(state.streak, 0) + 1)
         return replace(state, status="healthy", streak=1, since=now)
@@ -320,8 +338,82 @@ def check(service: Service, credentials: Mapping[str, str], invocation: str) -> 
     return Outcome(False, "; ".join(failures[number] for number in sorted(failures)))
 
 
+class Systemd:
+    """What systemd says of some units, asked for all rows together: each question is a program."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.units: set[str] = set()
+        self.asked = -SHARED_SECONDS
+        self.said: dict[str, dict[str, str]] = {}
+
+    def show(self, units: Iterable[str], timeout: float) -> dict[str, dict[str, str]]:
+        """Unit to its properties."""
+        with self.lock:
+            if not self.units.issuperset(units) or time.monotonic() - self.asked >= SHARED_SECONDS:
+                self.units.update(units)
+                self.said = show_units(sorted(self.units), timeout)
+                self.asked = time.monotonic()
+            return self.said
+
+
+def show_units(units: Sequence[str], timeout: float) -> dict[str, dict[str, str]]:
+    """Unit to what systemd says of it now."""
+    command = ["systemctl", "show", f"--property={','.join(PROPERTIES)}", "--", *units]
+    clean = {"PATH": SEARCH_PATH, "LANG": "C.UTF-8"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=clean)
+    if done.returncode != 0:
+        raise HealthError(f"systemd does not answer: {one_line(done.stderr) or 'no reason given'}")
+    blocks = [dict(line.split("=", 1) for line in block.splitlines() if "=" in line) for block in done.stdout.split("\n\n")]
+    return {block["Id"]: block for block in blocks if "Id" in block}
+
+
+_SYSTEMD = Systemd()
+
+
+def started_by(timer: str) -> str:
+    """The service that a timer starts."""
+    return f"{timer.removesuffix('.timer')}.service"
+
+
+def check_timers(service: Service) -> Outcome:
+    """Healthy means: every timer is active, and the last run of what it starts did not fail."""
+    try:
+        said = _SYSTEMD.show([unit for timer in service.timers for unit in (timer, started_by(timer))], service.timeout_seconds)
+    except subprocess.TimeoutExpired:
+        return Outcome(False, f"systemd did not answer within {service.timeout_seconds:g} s")
+    except (OSError, HealthError) as error:
+        return Outcome(False, str(error))
+    outcomes = [judge_timer(timer, said, (FAILURES / started_by(timer)).exists()) for timer in service.timers]
+    wrong = [outcome.message for outcome in outcomes if outcome.passed is False]
+    if wrong:
+        return Outcome(False, "; ".join(wrong))
+    undecided = [outcome for outcome in outcomes if outcome.passed is None]
+    return Outcome(None if undecided else True, "; ".join(dict.fromkeys(outcome.message for outcome in undecided or outcomes)))
+
+
+def judge_timer(timer: str, said: Mapping[str, Mapping[str, str]], noted: bool) -> Outcome:
+    """One timer. `noted`: a note says that the last run failed; it outlives a reboot, after which systemd knows nothing of that run."""
+    unit = started_by(timer)
+    own, run = said.get(timer, {}), said.get(unit, {})
+    if own.get("ActiveState") != "active":
+        state = "not installed" if own.get("LoadState") == "not-found" else own.get("ActiveState") or "unknown to systemd"
+        return Outcome(False, f"{timer} is {state}: nothing starts {unit}. Next: systemctl start {timer}")
+    if run.get("ActiveState") in RUNNING:
+        return Outcome(None, f"{unit} is running")
+    result = run.get("Result", "unknown")
+    if result != "success" or noted:
+        how = f" ({result}, exit status {run.get('ExecMainStatus', '?')})" if result != "success" else ""
+        then = f"journalctl -u {unit} -n 50; when the cause is gone: systemctl start {unit}"
+        return Outcome(False, f"the last run of {unit} failed{how}. Next: {then}")
+    ran = run.get("ExecMainExitTimestampMonotonic", "0") != "0"
+    return Outcome(True, "active; the last run succeeded" if ran else "active; no run since the boot")
+
+
 def check_once(service: Service, credentials: Mapping[str, str]) -> Outcome:
     """Ask one place."""
+    if service.kind == "timer":
+        return check_timers(service)
     if service.kind == "http":
         return check_http(service, credentials)
     if service.kind == "command":
@@ -365,12 +457,55 @@ def read_state(directory: Path, name: str) -> State | None:
         return None
 
 
-def write_state(directory: Path, state: State) -> None:
-    """Replace the state file in one step: a reader sees the old one or the new one."""
-    temporary = directory / f".{state.name}.new"
-    temporary.write_text(json.dumps(asdict(state), ensure_ascii=False) + "\n", encoding="utf-8")
+def put(path: Path, text: str) -> None:
+    """Replace a file in one step: a reader sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
     temporary.chmod(0o644)
-    temporary.replace(directory / f"{state.name}.json")
+    temporary.replace(path)
+
+
+def write_state(directory: Path, state: State) -> None:
+    """Record the state."""
+    put(directory / f"{state.name}.json", json.dumps(asdict(state), ensure_ascii=False) + "\n")
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def metric(name: str, kind: str, told: str, values: Iterable[tuple[Mapping[str, str], float]]) -> str:
+    """One metric in Prometheus' text format."""
+    lines = [f"# HELP {name} {told}", f"# TYPE {name} {kind}"]
+    for labels, value in values:
+        pairs = ",".join(f'{label}="{text}"' for label, text in labels.items())  # names of services need no escapes
+        lines.append(f"{name}{{{pairs}}} {value:.10g}" if value % 1 == 0 else f"{name}{{{pairs}}} {value:.4f}")
+    return "\n".join(lines) + "\n"
+
+
+def health_metrics(states: Sequence[State]) -> str:
+    """What a daemon knows of its services."""
+
+    def each(value: Callable[[State], float]) -> list[tuple[Mapping[str, str], float]]:
+        return [({"service": state.name}, value(state)) for state in states]
+
+    each_status = [({"service": state.name, "state": status}, float(state.status == status)) for state in states for status in STATUSES]
+    checked = [state for state in states if state.checked]
+    return "".join(
+        (
+            metric("evenkeel_health_state", "gauge", "1 for the state that the service is in, 0 for the others.", each_status),
+            metric("evenkeel_health_successes", "gauge", "Checks in a row that passed.", each(lambda state: max(state.streak, 0))),
+            metric(
+                "evenkeel_health_failures", "gauge", "Checks in a row that failed and count.", each(lambda state: max(-state.streak, 0))
+            ),
+            metric(
+                "evenkeel_health_last_check_timestamp_seconds",
+                "gauge",
+                "When the last check ended; an old one says that nobody checks.",
+                [({"service": state.name}, state.checked) for state in checked],
+            ),
+            metric("evenkeel_health_check_duration_seconds", "gauge", "How long the last check took.", each(lambda state: state.seconds)),
+        )
+    )
 
 
 # --- the daemon -------------------------------------------------------------------------------------------------------
@@ -395,6 +530,7 @@ class Watcher(threading.Thread):
         self.directory = directory
         self.offset = offset
         self.restarted = threading.Event()
+        self.changed = True  # for the metrics
         self.due = time.monotonic() + offset
         invocation = unit_invocation(service.unit)
         known = read_state(directory, service.name)
@@ -435,7 +571,36 @@ class Watcher(threading.Thread):
         write_state(self.directory, self.state)
         if self.state.status != before.status:
             print(f"{self.name} is {self.state.status}: {self.state.message}", flush=True)
+            self.changed = True
+        if wants_judgement(before, self.state, self.service):
+            (REQUESTS / self.name).touch()
         return pause_until_next(self.state, self.service, time.time())
+
+
+class MetricsFile:
+    """The file of one daemon's metrics, replaced at a change and every ten seconds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.written = 0.0
+        self.trouble = ""
+
+    def update(self, watchers: Sequence[Watcher]) -> None:
+        """Write them if it is time; trouble with it (a full disk) is told once and stops no check."""
+        changed = any(watcher.changed for watcher in watchers)
+        if not changed and time.monotonic() - self.written < METRICS_SECONDS:
+            return
+        self.written = time.monotonic()
+        for watcher in watchers:
+            watcher.changed = False
+        trouble = ""
+        try:
+            put(self.path, health_metrics([watcher.state for watcher in watchers]))
+        except OSError as error:
+            trouble = f"the metrics cannot be written: {error}"
+        if trouble != self.trouble:
+            print(trouble or "the metrics are written again", file=sys.stderr, flush=True)
+        self.trouble = trouble
 
 
 def run_daemon(table: Path, directory: Path, user: str) -> NoReturn:
@@ -461,8 +626,10 @@ def run_daemon(table: Path, directory: Path, user: str) -> NoReturn:
     notify(f"READY=1\nSTATUS=watching {len(own)} services")
     period = int(os.environ.get("WATCHDOG_USEC", "0")) / 2_000_000
     barked = time.monotonic()
+    metrics = MetricsFile(METRICS / (f"health-{user}.prom" if user else "health.prom"))
     while True:
         time.sleep(1)
+        metrics.update(watchers)
         for watcher in watchers:
             watcher.notice_restart()
         if period and time.monotonic() - barked >= period:
@@ -472,6 +639,167 @@ def run_daemon(table: Path, directory: Path, user: str) -> NoReturn:
                 time.sleep(3600)
             notify("WATCHDOG=1")
             barked = time.monotonic()
+
+
+# --- restarts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How often an unhealthy service is restarted."""
+
+    limit: int
+    window_seconds: float
+
+
+@dataclass
+class Record:
+    """What was done to a service because it was unhealthy; `given_up` is the run of its unit in which it was left alone."""
+
+    total: int = 0
+    recent: list[float] = field(default_factory=list)
+    given_up: str = ""
+
+
+def wants_judgement(before: State, after: State, service: Service) -> bool:
+    """Whether root should look: the service has become unhealthy, still is after as many failures again, or has become healthy."""
+    if not service.restart:
+        return False
+    if after.status == "unhealthy":
+        return -after.streak % service.retries == 0
+    return after.status == "healthy" and before.status != "healthy"
+
+
+def trusted_state(directory: Path, service: Service) -> State | None:
+    """The recorded state, if the daemon whose service it is has written it: nobody else may have one restarted."""
+    try:
+        owner = (directory / f"{service.name}.json").lstat().st_uid
+        if owner != pwd.getpwnam(service.user or CHECK_USER).pw_uid:
+            return None
+    except (OSError, KeyError):
+        return None
+    return read_state(directory, service.name)
+
+
+def judge_restart(
+    service: Service, state: State, record: Record, limit: Limit, now: float, hindrance: Callable[[], str]
+) -> tuple[str, str]:
+    """What to do, and why: nothing, `restart`, `leave` (somebody else's trouble), `give up`, or `forget` all trouble.
+
+    hindrance: what stands against a restart, empty when nothing does; asked only if there is to be one.
+    """
+    if state.status == "healthy":
+        return "forget", f"{service.name} is healthy"
+    if state.status != "unhealthy":
+        return "", f"{service.name} is {state.status}"
+    against = hindrance()
+    if against:
+        return "leave", f"{service.name} is unhealthy, but not restarted: {against}"
+    recent = [moment for moment in record.recent if now - moment < limit.window_seconds]
+    if record.given_up == state.invocation or len(recent) >= limit.limit:
+        return "give up", (
+            f"{service.unit} is unhealthy and left alone after {count(limit.limit, 'restart')} within {span(limit.window_seconds)}: "
+            f"{state.message.rstrip('.')}. Next: journalctl -u {service.unit} -n 50; "
+            f"when the cause is gone: systemctl restart {service.unit}"
+        )
+    number = f"{len(recent) + 1} of {limit.limit} within {span(limit.window_seconds)}"
+    return "restart", f"{service.name} is unhealthy and restarted ({number}): {state.message}"
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things for people."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def hindrance(service: Service, state: State, services: Mapping[str, Service], credentials: Mapping[str, str]) -> str:
+    """Why a restart would be wrong now: its unit does not simply run, or what it needs is not healthy itself."""
+    if state.invocation != unit_invocation(service.unit):
+        return f"{service.unit} was just started or stopped"
+    active = show_units([service.unit], 20).get(service.unit, {}).get("ActiveState", "unknown")
+    if active != "active":
+        return f"{service.unit} is {active}"
+    for name in service.after:
+        if name in services:
+            status, message = look(services[name], credentials, services[name].timeout_seconds)
+            if status != "healthy":
+                return f"it needs {name}, which is {status} ({message})"
+    return ""
+
+
+def load_restarts(path: Path) -> dict[str, Record]:
+    """What was done before; nothing when the file is new or unusable."""
+    try:
+        return {name: Record(**record) for name, record in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def restart_metrics(records: Mapping[str, Record]) -> str:
+    """What root did."""
+    totals = [({"service": name}, float(record.total)) for name, record in records.items()]
+    left = [({"service": name}, float(bool(record.given_up))) for name, record in records.items()]
+    return metric("evenkeel_health_restarts_total", "counter", "Restarts of the service because it was unhealthy.", totals) + metric(
+        "evenkeel_health_given_up", "gauge", "1 while the service is unhealthy and no longer restarted: it needs a person.", left
+    )
+
+
+def take_requests(directory: Path) -> list[str]:
+    """The names of the services that daemons ask for. Whatever else lies there goes, or systemd would call us again at once."""
+    names = []
+    for path in sorted(directory.iterdir()):
+        names.append(path.name)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return names
+
+
+def run_restart() -> int:
+    """Judge what the daemons ask for; called by systemd, as root. Only the table of root says what may be restarted."""
+    services = {service.name: service for service in load_table(TABLE)}
+    limit = Limit(**json.loads(TABLE.read_text(encoding="utf-8"))["restarts"])
+    credentials = load_credentials(CREDENTIALS)
+    known = load_restarts(RESTARTS)
+    records = {name: known.get(name, Record()) for name, service in services.items() if service.restart}
+    refused = False
+    for name in take_requests(REQUESTS):
+        service = services.get(name)
+        if service is None or not service.restart:
+            print(f"a restart of {name!r} was asked for, which {TABLE} does not allow", flush=True)
+            continue
+        state = trusted_state(STATES, service)
+        if state is None:
+            continue
+        record = records[name]
+        action, told = judge_restart(
+            service,
+            state,
+            record,
+            limit,
+            time.time(),
+            lambda: hindrance(service, state, services, credentials),  # noqa: B023
+        )
+        if action in ("restart", "leave", "give up"):
+            print(told, flush=True)
+        if action == "restart":
+            record.total += 1
+            record.recent = [moment for moment in record.recent if time.time() - moment < SHOWN_SECONDS] + [round(time.time(), 3)]
+        if action in ("restart", "forget"):
+            record.given_up = ""
+            (FAILURES / service.unit).unlink(missing_ok=True)
+        if action == "give up":
+            record.given_up = state.invocation
+            FAILURES.mkdir(mode=0o755, exist_ok=True)
+            put(FAILURES / service.unit, f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {told}\n")
+        # Written before the act: a restart that is not counted could become a storm.
+        put(RESTARTS, json.dumps({name: asdict(record) for name, record in records.items()}, indent=2) + "\n")
+        if action == "restart":
+            # Not waited for: a gentle stop takes as long as the work in hand. The unit's own OnFailure= tells when it does not come up.
+            done = subprocess.run(["systemctl", "try-restart", "--no-block", "--", service.unit], timeout=60, check=False)
+            refused = refused or done.returncode != 0  # and it has said why
+    put(METRICS / "health-restarts.prom", restart_metrics(records))
+    return NOT_HEALTHY if refused else OK
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -501,6 +829,7 @@ def rows_of(services: Sequence[Service], directory: Path) -> list[dict[str, Any]
     """One row for each service of this host."""
     now = time.time()
     rows = []
+    restarts = load_restarts(RESTARTS)
     for service in services:
         if service.remote:
             continue
@@ -518,6 +847,8 @@ def rows_of(services: Sequence[Service], directory: Path) -> list[dict[str, Any]
                 "owner": service.owner,
                 "endpoint": service.endpoint,
                 "kind": service.kind,
+                "timers": service.timers,
+                "restarts": [moment for moment in restarts.get(service.name, Record()).recent if now - moment < SHOWN_SECONDS],
             }
         )
     return rows
@@ -533,7 +864,8 @@ def run_status(as_json: bool) -> int:
         for row in rows:
             age = f"for {span(time.time() - row['since'])}" if row["since"] else ""
             streak = f"{abs(row['streak'])} {'failures' if row['streak'] < 0 else 'passed'}" if row["streak"] else ""
-            print(f"{row['name']:<{width}}  {row['status']:<9}  {age:<10}  {streak:<12}  {row['message']}".rstrip())
+            notes = f" (restarted {count(len(row['restarts']), 'time')} within {span(SHOWN_SECONDS)})" if row["restarts"] else ""
+            print(f"{row['name']:<{width}}  {row['status']:<9}  {age:<10}  {streak:<12}  {row['message']}{notes}".rstrip())
     return OK if all(row["status"] == "healthy" for row in rows) else NOT_HEALTHY
 
 
@@ -557,7 +889,7 @@ def look(service: Service, credentials: Mapping[str, str], left: float) -> tuple
         # Who is about to rely on a service does not grant it the retries that its alarm has.
         return ("failing", message) if status == "healthy" and state and state.streak < 0 else (status, message)
     outcome = check(replace(service, timeout_seconds=max(1.0, min(service.timeout_seconds, left))), credentials, "")
-    return ("healthy" if outcome.passed else "not healthy"), outcome.message
+    return ("not healthy" if outcome.passed is False else "healthy"), outcome.message
 
 
 def run_wait(names: Sequence[str], timeout: float, waiter: str, fail_fast: bool = False) -> int:
@@ -633,15 +965,15 @@ def run_check(names: Sequence[str]) -> int:
     failed = False
     for service in pick(services, names) if names else services:
         outcome = check(service, credentials, unit_invocation(service.unit))
-        failed = failed or not outcome.passed
-        print(f"{service.name}: {'passed' if outcome.passed else 'FAILED'}: {outcome.message}")
+        failed = failed or outcome.passed is False
+        print(f"{service.name}: {'FAILED' if outcome.passed is False else 'passed'}: {outcome.message}")
     return NOT_HEALTHY if failed else OK
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(prog="evenkeel-health", description="Health of this host's services.")
-    verbs = result.add_subparsers(dest="verb", required=True, metavar="status | wait | check | daemon")
+    verbs = result.add_subparsers(dest="verb", required=True, metavar="status | wait | check | daemon | restart")
     status = verbs.add_parser("status", help="show every service; exit code 1 unless all are healthy")
     status.add_argument("--json", action="store_true", help="as a list of objects")
     wait = verbs.add_parser("wait", help="return once all named services are healthy; exit code 1 after the time-out")
@@ -653,6 +985,7 @@ def parser() -> argparse.ArgumentParser:
     now.add_argument("names", nargs="*", metavar="NAME")
     daemon = verbs.add_parser("daemon", help="watch the services (started by systemd)")
     daemon.add_argument("--user", default="", help="only the checks that run as this user")
+    verbs.add_parser("restart", help="judge which unhealthy services to restart (started by systemd)")
     return result
 
 
@@ -667,6 +1000,8 @@ def main(argv: Sequence[str]) -> int:
                 return run_wait(options.names, options.timeout, options.waiter, options.fail_fast)
             case "check":
                 return run_check(options.names)
+            case "restart":
+                return run_restart()
             case _:
                 run_daemon(TABLE, STATES, options.user)
     except HealthError as error:
