@@ -790,7 +790,6 @@ def run_restart() -> int:
             (FAILURES / service.unit).unlink(missing_ok=True)
         if action == "give up":
             record.given_up = state.invocation
-            FAILURES.mkdir(mode=0o755, exist_ok=True)
             put(FAILURES / service.unit, f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {told}\n")
         # Written before the act: a restart that is not counted could become a storm.
         put(RESTARTS, json.dumps({name: asdict(record) for name, record in records.items()}, indent=2) + "\n")
