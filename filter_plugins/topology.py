@@ -22,6 +22,7 @@ GROUPS = {
     "web": "the web processes",
     "worker": "the worker processes",
     "proxy": "the reverse proxy that users reach",
+    "backup": "the repository host of the backups",
 }
 
 #: TCP ports by service. `postgresql-<cluster>-rest` is Patroni's API; all but `proxy-http` speak TLS.
@@ -36,6 +37,8 @@ PORTS = {
     "redis": 6379,
     "redis-sentinel": 26379,
     "object-storage": 9000,
+    "backup-repository": 8432,
+    "backup-agent": 8433,
     "proxy": 443,
     "proxy-http": 80,
 }
@@ -65,11 +68,11 @@ def topology(
     groups: the inventory's groups (host names). addresses: IP address of each host. ports: TCP ports that differ from `PORTS`.
     front_door: the IP address that moves between the proxies; needed from two proxies. s3_url: an S3 endpoint that is not ours.
 
-    Returns {addresses, ports, etcd, postgresql: {cluster: …}, redis, object_storage, web, worker, proxy, platform}; each service is
-    {members: [{name, address}], port} (PostgreSQL also rest_port, Redis sentinel_port, object storage url), platform is {name,
-    address}. Raises AnsibleFilterError with one sentence for a group that is missing or empty, a number of voters that has no
-    majority without one of them, a host without an address, an address used twice, proxies without a common address, and an
-    unknown service in `ports`.
+    Returns {addresses, ports, etcd, postgresql: {cluster: …}, redis, object_storage, backup, web, worker, proxy, platform}; each
+    service is {members: [{name, address}], port} (PostgreSQL also rest_port, Redis sentinel_port, object storage url), platform is
+    {name, address}. Raises AnsibleFilterError with one sentence for a group that is missing or empty, a number of voters that has no
+    majority without one of them, a second repository host, a host without an address, an address used twice, proxies without a
+    common address, and an unknown service in `ports`.
     """
     unknown = sorted(set(ports or {}) - set(PORTS))
     if unknown:
@@ -86,6 +89,11 @@ def topology(
                 f"inventory group '{group}' has {count} hosts, but {purpose}, by majority: {count} are no safer than {count - 1}. "
                 f"Make them {count + 1}{'' if count == 2 else f' or {count - 1}'}, or 1 where a loss may stop the platform"
             )
+    if len(groups["backup"]) > 1:
+        raise AnsibleFilterError(
+            f"inventory group 'backup' has {len(groups['backup'])} hosts ({', '.join(groups['backup'])}), but one drives all backups; the "
+            "second copy goes to S3: leave one"
+        )
     owner: dict[str, str] = {}
     for host in groups["all"]:
         address = addresses.get(host)
@@ -125,11 +133,17 @@ def topology(
             "port": port["object-storage"],
             "url": s3_url or "".join(f"https://{host}:{port['object-storage']}" for host in groups.get("object_storage", [])[:1]),
         },
+        "backup": {"members": members("backup"), "port": port["backup-repository"]},
         "web": {"members": members("web")},
         "worker": {"members": members("worker")},
         "proxy": {"members": members("proxy"), "port": port["proxy"]},
         "platform": {"name": FRONT_DOOR, "address": front_door or members("proxy")[0]["address"]},
     }
+
+
+def database_hosts(topo: Mapping[str, Any]) -> list[str]:
+    """The hosts that carry a member of any PostgreSQL cluster, each once."""
+    return list(dict.fromkeys(member["name"] for place in topo["postgresql"].values() for member in place["members"]))
 
 
 def libpq_url(service: Mapping[str, Any], user: str, database: str, ca_file: str) -> str:
@@ -163,6 +177,7 @@ def endpoints(topo: Mapping[str, Any], app: Mapping[str, Any], groups: Mapping[s
         "redis": ["redis", "redis-sentinel"] if len(groups["redis"]) > 1 else ["redis"],
         "object_storage": ["object-storage"],
         "proxy": ["proxy", "proxy-http"],
+        "backup": ["backup-repository"],
         **{f"postgresql_{cluster}": [f"postgresql-{cluster}", f"postgresql-{cluster}-rest"] for cluster in CLUSTERS},
     }
     table: list[dict[str, Any]] = [
@@ -171,6 +186,7 @@ def endpoints(topo: Mapping[str, Any], app: Mapping[str, Any], groups: Mapping[s
         for host in groups.get(group, [])
         for service in services
     ]
+    table += [{"host": host, "service": "backup-agent", "port": int(topo["ports"]["backup-agent"])} for host in database_hosts(topo)]
     table += [
         {"host": host, "service": f"{app['name']}-{name}", "port": int(process["port"])}
         for name, process in app["processes"].items()
@@ -300,6 +316,7 @@ class FilterModule:
             "endpoints_problem": problem_of(endpoints),
             "libpq_url": libpq_url,
             "redis_url": redis_url,
+            "database_hosts": database_hosts,
             "empty_secrets": empty_secrets,
             "platform_health_services": platform_health_services,
         }

@@ -12,7 +12,7 @@ from filter_plugins import topology as t
 
 health = load(ROOT / "roles/healthcheck/files/health.py", "evk_topology_health")
 health_filter = load(ROOT / "filter_plugins/health.py", "evk_topology_health_filter")
-SERVICES = ["etcd", "postgresql_core", "postgresql_plugins", "redis", "object_storage", "web", "worker", "proxy"]
+SERVICES = ["etcd", "postgresql_core", "postgresql_plugins", "redis", "object_storage", "web", "worker", "proxy", "backup"]
 
 
 def groups(**changes: list[str]) -> dict[str, list[str]]:
