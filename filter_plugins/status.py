@@ -253,18 +253,40 @@ def _hosts(screen: Screen, addresses: Mapping[str, str], answers: Mapping[str, M
         mark = "!!" if unwell or failed else "ok"
         screen.lines.append(_cut(f"  {mark}  {host:<13}  {address:<15}  {len(rows) - len(unwell)}/{len(rows)}"))
         count += len(rows)
-        for row in unwell:
-            age = f" for {_age(datetime.now(UTC).timestamp() - row['since'])}" if row.get("since") else ""
-            screen.lines.append(_cut(f"        {row['name']}: {row['status']}{age}: {row['message']}"))
-        if unwell:
-            units = "".join(f" -u {unit}" for unit in dict.fromkeys(row["unit"] for row in unwell if row.get("unit")))
-            what = f"{_and(row['name'] for row in unwell)} on {host} {'are' if len(unwell) > 1 else 'is'} not healthy"
-            screen.problem(what, f"on {host}: " + (f"journalctl{units} -n 50" if units else "evenkeel-health status"))
+        for row in rows:
+            if row["status"] != "healthy":
+                age = f" for {_age(datetime.now(UTC).timestamp() - row['since'])}" if row.get("since") else ""
+                screen.lines.append(_cut(f"        {row['name']}: {row['status']}{age}: {row['message'].partition(' Next: ')[0]}"))
+            if row.get("restarts"):
+                often, last = _count(len(row["restarts"]), "time"), _age(datetime.now(UTC).timestamp() - max(row["restarts"]))
+                screen.lines.append(_cut(f"        {row['name']}: was unhealthy and restarted {often} within a day, last {last} ago"))
+        # What has a note below is told there, with its last words.
+        _unwell(screen, host, [row for row in unwell if not any(unit in (failed or {}) for unit in _units(row))])
         for unit, line in (failed or {}).items():
             told, _, then = str(line).partition(" Next: ")
             screen.lines.append(_cut(f"        {told}"))
-            screen.problem(f"{unit} on {host} has failed", f"on {host}: {then or f'journalctl -u {unit} -n 50'}")
+            what = "is unhealthy and given up" if " is unhealthy and left alone " in told else "has failed"
+            screen.problem(f"{unit} on {host} {what}", f"on {host}: {then or f'journalctl -u {unit} -n 50'}")
     return count
+
+
+def _units(row: Mapping[str, Any]) -> list[str]:
+    """The units that a row of the health checks is about."""
+    started = [timer.removesuffix(".timer") + ".service" for timer in row.get("timers") or []]
+    return [row["unit"]] if row.get("unit") else started
+
+
+def _unwell(screen: Screen, host: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Services of a host that are not well are one problem; a timer is one of its own, and says itself what to type."""
+    timers = [row for row in rows if row.get("timers")]
+    services = [row for row in rows if row not in timers]
+    if services:
+        units = "".join(f" -u {unit}" for unit in dict.fromkeys(unit for row in services for unit in _units(row)))
+        what = f"{_and(row['name'] for row in services)} on {host} {'are' if len(services) > 1 else 'is'} not healthy"
+        screen.problem(what, f"on {host}: " + (f"journalctl{units} -n 50" if units else "evenkeel-health status"))
+    for row in timers:
+        told, _, then = row["message"].partition(" Next: ")
+        screen.problem(f"{row['name']} on {host} is {row['status']}: {told.rstrip('.')}", f"on {host}: {then or 'evenkeel-health status'}")
 
 
 def _releases(screen: Screen, app_hosts: Sequence[str], answers: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,5 +1,7 @@
 """The script processor: runs that end when they should, slots, logins, and a start that nothing slow holds up."""
 
+import http.client
+import json
 import os
 import signal
 import socket
@@ -7,7 +9,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,31 @@ def test_h3_the_health_check_fails_without_login_script_or_processor(servers: Se
         assert servers.drydock("check_processor").returncode == 1
     finally:
         servers.sql("core", "UPDATE accounts_user SET is_active = true WHERE username = 'job-service'")
+
+
+def test_h3_the_relay_logs_in_and_lists_as_cheaply_as_it_pings_workers(servers: Servers) -> None:
+    url = servers.environment["PROCESSOR_URL"]
+
+    def ask(token: str = TOKEN) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", servers.ports["asking"], timeout=20)
+        with closing(connection):
+            connection.request("GET", "/ping-processor", headers={"Authorization": f"Bearer {token}"})
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())["message"]
+
+    servers.start_relay("relay", "--processor", url, name="asking")
+    try:
+        wait_for("the relay's answer", lambda: ask()[0] == 200)
+        assert ask() == (200, f"{url}: logged in as job-service; scripts: export; 0 of 2 slots busy")
+        assert ask("wrong")[0] == 401
+        servers.sql("core", "UPDATE accounts_user SET is_active = false WHERE username = 'job-service'")
+        try:
+            status, message = ask()
+            assert (status, "switched off" in message) == (503, True)
+        finally:
+            servers.sql("core", "UPDATE accounts_user SET is_active = true WHERE username = 'job-service'")
+    finally:
+        servers.stop("asking")
 
 
 def test_the_health_check_starts_without_django() -> None:

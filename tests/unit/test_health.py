@@ -91,6 +91,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b"3\r\npar\r\n3\r\nted\r\n0\r\n\r\n")
             return
+        if self.path == "/page":
+            self.send_error(404)
+            return
         body = f"{self.headers['Authorization']} {self.headers['Host']} {self.headers['X-Extra']}".encode()
         self.send_response(503 if self.path == "/down" else 200)
         self.send_header("Content-Length", str(len(body)))
@@ -116,7 +119,8 @@ def ask(url: str, **fields: Any) -> Any:
 
 def test_http(url: str) -> None:
     assert ask(url).passed
-    assert ask(f"{url}/down").message == f"{url}/down answered 503, expected 200"
+    assert ask(f"{url}/down").message.startswith(f"{url}/down answered 503, expected 200: None 127.0.0.1"), "with what it says of it"
+    assert ask(f"{url}/page").message == f"{url}/page answered 404, expected 200"
     assert ask(f"{url}/down", status=503).passed
     assert ask(url, bearer="token", contains="Bearer s3cret").passed
     assert ask(url, headers={"Host": "pier.example", "X-Extra": "1"}, contains="pier.example 1").passed

@@ -228,6 +228,42 @@ def test_everything_else_that_is_not_well_is_a_problem() -> None:
     assert "  !!  worker-1       10.0.0.20        1/3" in text
 
 
+def timer_row(name: str, **more: Any) -> dict[str, Any]:
+    row = {"name": name, "unit": "", "timers": [f"{name}.timer"], "status": "healthy", "since": 1.0, "message": "active"}
+    return {**row, **more}
+
+
+def test_a_timer_whose_last_run_failed_is_a_problem_that_says_what_to_type() -> None:
+    answers = platform()
+    said = "the last run of prune.service failed (exit-code, exit status 1). Next: journalctl -u prune.service -n 50; then this"
+    answers["web-1"]["state"]["health"] += [timer_row("prune", status="unhealthy", message=said), timer_row("other")]
+    problems, text = report(answers)
+    assert problems == [
+        "prune on web-1 is unhealthy: the last run of prune.service failed (exit-code, exit status 1); "
+        "next: on web-1: journalctl -u prune.service -n 50; then this"
+    ]
+    assert "  !!  web-1          10.0.0.18        2/3" in text
+    note = "2026 prune.service has failed (exit-code): no space. Next: journalctl -u prune.service -n 50"
+    answers["web-1"]["state"]["failures"] = {"prune.service": note}
+    problems, text = report(answers)
+    assert problems == ["prune.service on web-1 has failed; next: on web-1: journalctl -u prune.service -n 50"], "told once"
+    assert "no space" in text
+
+
+def test_restarts_by_policy_are_seen_and_only_those_that_did_not_help_are_a_problem() -> None:
+    answers = platform()
+    [row] = answers["web-1"]["state"]["health"]
+    row["restarts"] = [1000.0, 2000.0]
+    problems, text = report(answers)
+    assert problems == []
+    assert "main: was unhealthy and restarted 2 times within a day" in text
+    row |= {"status": "unhealthy", "message": "no answer"}
+    told = "2026 main.service is unhealthy and left alone after 3 restarts within 1 h: no answer. Next: journalctl -u main.service"
+    answers["web-1"]["state"]["failures"] = {"main.service": told}
+    problems, _ = report(answers)
+    assert problems == ["main.service on web-1 is unhealthy and given up; next: on web-1: journalctl -u main.service"]
+
+
 def test_a_platform_of_one_host_needs_no_words_about_pairs() -> None:
     answers = platform()
     state = copy.deepcopy(answers["redis-1"]["state"])

@@ -238,7 +238,8 @@ def _exchange(service: Service, credentials: Mapping[str, str], deadline: float)
             if not part:
                 break
             answer += part
-            if b"\r\n\r\n" in answer and not service.contains:
+            expected = answer.split(None, 2)[1:2] == [str(service.status).encode()]
+            if b"\r\n\r\n" in answer and expected and not service.contains:
                 break
     finally:
         connection.close()
@@ -261,7 +262,9 @@ def check_http(service: Service, credentials: Mapping[str, str]) -> Outcome:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return Outcome(False, f"{service.url}: {one_line(reason, credentials.values())}")
     if status != service.status:
-        return Outcome(False, f"{service.url} answered {status}, expected {service.status}")
+        said = body.decode(errors="replace").strip()
+        why = "" if said.startswith("<") else one_line(said, credentials.values())  # a page says nothing in one line
+        return Outcome(False, f"{service.url} answered {status}, expected {service.status}" + (f": {why}" if why else ""))
     if service.contains and service.contains.encode() not in body:
         return Outcome(False, f'{service.url} answered {status}, but without "{service.contains}"')
     return Outcome(True, f"{service.url} answered {status}")

@@ -16,6 +16,7 @@ from drydock.config import load
 from drydock.jobs.listening import address_and_port
 from drydock.jobs.relay import STALLED_SECONDS, Relay
 from drydock.operations import broker
+from drydock.processor import client
 
 WORKER = re.compile(r"[A-Za-z0-9._-]{1,64}")
 PING_SECONDS = 5.0
@@ -31,31 +32,38 @@ class Command(BaseCommand):
         parser.add_argument(
             "--listen", type=address_and_port, metavar="ADDRESS:PORT", help="answer GET /health and /ping/<worker> here"
         )
+        parser.add_argument(
+            "--processor", default="", metavar="URL", help="the script processor of this host, for GET /ping-processor"
+        )
 
-    def handle(self, *_: Any, listen: tuple[str, int] | None, **__: Any) -> None:
+    def handle(self, *_: Any, listen: tuple[str, int] | None, processor: str, **__: Any) -> None:
         """Work until a signal ends it."""
         relay = Relay()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_signal: relay.stop())
         if listen:
             try:
-                server = http.server.ThreadingHTTPServer(listen, _handler(relay))
+                server = http.server.ThreadingHTTPServer(listen, _handler(relay, processor))
             except OSError as error:
                 raise CommandError(f"cannot listen on {listen[0]}:{listen[1]}: {error.strerror}") from error
             threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
         relay.run()
 
 
-def _handler(relay: Relay) -> type[http.server.BaseHTTPRequestHandler]:
+def _handler(relay: Relay, processor: str) -> type[http.server.BaseHTTPRequestHandler]:
     class Health(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path, _, worker = self.path.removeprefix("/").partition("/")
+            asks_processor = bool(processor) and self.path == "/ping-processor"
             if path == "health" and not worker:
                 self._answer(*_health(relay))
-            elif path != "ping" or not WORKER.fullmatch(worker):
-                self._answer(404, {"code": "NOT_FOUND", "message": "There are /health and /ping/<name of a worker>."})
+            elif not asks_processor and (path != "ping" or not WORKER.fullmatch(worker)):
+                known = "There are /health, /ping/<name of a worker> and, with --processor, /ping-processor."
+                self._answer(404, {"code": "NOT_FOUND", "message": known})
             elif not constant_time_compare(self.headers.get("Authorization", ""), f"Bearer {load().internal_token}"):
                 self._answer(401, {"code": "UNAUTHORIZED", "message": "The bearer token is missing or wrong."})
+            elif asks_processor:
+                self._answer(*_ping_processor(processor))
             else:
                 self._answer(*_ping(worker))
 
@@ -87,3 +95,15 @@ def _ping(worker: str) -> tuple[int, dict[str, Any]]:
         # This thread's own.
         connections.close_all()
     return 200 if result["ok"] else 503, result
+
+
+def _ping_processor(url: str) -> tuple[int, dict[str, Any]]:
+    """Log in at the script processor and list its scripts, with the workers' own client."""
+    settings = load()
+    try:
+        return 200, {
+            "ok": True,
+            "message": client.check(url, settings.internal_token, settings.platform_ca_file, ["export"]),
+        }
+    except (client.ProcessorError, OSError, ValueError) as error:
+        return 503, {"ok": False, "message": str(error)}
