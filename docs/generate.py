@@ -1,11 +1,19 @@
 #!/usr/bin/env python3
-"""Write docs/reference from the roles' specs: `make docs`. `--check` says whether it is stale, and changes nothing."""
+"""Write docs/reference from the roles' specs and the example inventory: `make docs`.
+
+`--check` says whether it is stale, and changes nothing. `--endpoints DIRECTORY` prints the map of services of another inventory.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 import re
+import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +75,118 @@ def contract_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+# --- the map of services ------------------------------------------------------------------------------------------------
+
+EXAMPLE = "inventories/production.example"
+QUESTION = {
+    "services": "{{ healthcheck_services }}",
+    # the same for all hosts, so the first one says it
+    "addresses": "{{ topology.addresses if inventory_hostname == groups.all[0] else {} }}",
+    "endpoints": "{{ topology | endpoints(app | app_contract(groups), groups) if inventory_hostname == groups.all[0] else [] }}",
+}
+
+
+def inventory_says(inventory: str) -> dict[str, Any]:
+    """Host to what the inventory makes of it: its health rows, and everybody's ports. The secrets are made up, and thrown away."""
+    play = {"hosts": "all", "gather_facts": False, "tasks": [{"ansible.builtin.debug": {"msg": QUESTION}}]}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "play.yml").write_text(yaml.safe_dump([play]))
+        own = {"EVENKEEL_STATE": folder, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json"}
+        path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+        command = ["ansible-playbook", "-i", inventory, f"{folder}/play.yml"]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **own, "PATH": path}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{inventory} cannot be read:\n{done.stdout}{done.stderr}")
+    answers = json.loads(done.stdout[done.stdout.index("{") :])["plays"][0]["tasks"][0]["hosts"]
+    return {host: answer["msg"] for host, answer in answers.items()}
+
+
+def health_rows(said: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Host to its rows, with the defaults of the role, by the filter that writes the table on the host."""
+    spec = importlib.util.spec_from_file_location("health_filter", ROOT / "filter_plugins/health.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    given = yaml.safe_load((ROOT / "roles/healthcheck/defaults/main.yml").read_text())
+    parts = ("interval_seconds", "timeout_seconds", "retries", "start_period_seconds")
+    defaults = {part: given[f"healthcheck_{part}"] for part in parts}
+    return {host: module.health_table(rows, defaults) for host, rows in sorted((host, answer["services"]) for host, answer in said.items())}
+
+
+def asked(row: Mapping[str, Any], address: str) -> str:
+    """What a check does, in words that are the same on every host."""
+    if row["kind"] == "http":
+        extra = f", with `{row['contains']}`" if row.get("contains") else ""
+        text = f"`GET {row['url']}`: {row.get('status', 200)}{extra}"
+    elif row["kind"] == "command":
+        program, *words = row["command"]
+        extra = f": `{row['expected']}`" if row.get("expected") else ""
+        text = f"`{' '.join([Path(program).name, *words])}`{extra}"
+    elif row["kind"] == "timer":
+        text = f"active, and the last run did not fail: {', '.join(f'`{timer}`' for timer in row['timers'])}"
+    else:
+        text = "its unit runs"
+    return text.replace(address, "HOST") if address else text
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+
+
+def endpoints_page(inventory: str) -> str:
+    said = inventory_says(inventory)
+    hosts = health_rows(said)
+    everybody = next(answer for answer in said.values() if answer["addresses"])
+    addresses: Mapping[str, str] = everybody["addresses"]
+    local = {host: [row for row in rows if not row.get("remote")] for host, rows in hosts.items()}
+    here = {row["name"] for rows in local.values() for row in rows}
+    elsewhere = {row["name"]: row for rows in hosts.values() for row in rows if row.get("remote") and row["name"] not in here}
+    lines: list[list[str]] = []
+    for name in sorted(here | set(elsewhere)):
+        found = [(host, row) for host, rows in local.items() for row in rows if row["name"] == name]
+        row = found[0][1] if found else elsewhere[name]
+        what = dict.fromkeys(asked(one, addresses[host]) for host, one in found) or [asked(row, "")]
+        port = str(row.get("endpoint", "")).rpartition(":")[2]
+        numbers = [row["interval_seconds"], row["timeout_seconds"], row["retries"], row["start_period_seconds"]]
+        lines.append(
+            [
+                f"`{name}`",
+                ", ".join(host for host, _ in found) or str(row["endpoint"]),
+                " ".join(word for word in (port if port.isdigit() else "", row.get("protocol", "")) if word) or "none",
+                " or ".join(what),
+                " / ".join(map(str, numbers)),
+                str(row["owner"]),
+                "restarted" if row.get("restart") else "reported",
+            ]
+        )
+    checked = {(host, row["endpoint"].rpartition(":")[2]) for host, rows in local.items() for row in rows if row.get("endpoint")}
+    others: dict[tuple[str, int], list[str]] = {}
+    for entry in everybody["endpoints"]:
+        if (entry["host"], str(entry["port"])) not in checked:
+            others.setdefault((entry["service"], entry["port"]), []).append(entry["host"])
+    parts = [
+        "# Service endpoints",
+        "<!-- generated by docs/generate.py from the inventory: change it there, then `make docs` -->",
+        f"Every service of `{inventory}`, where it listens, how its health is asked, and who looks after it; made from the rows that "
+        "the hosts check and `status.yml` shows. Of another inventory: `python docs/generate.py --endpoints inventories/<name>`.",
+        "HOST is the host's own address. Times: interval / time-out / retries / start period, in seconds. An unhealthy service is "
+        "*reported* (`status.yml`, `evenkeel-health status`, metrics), or *restarted* up to "
+        "`healthcheck_restart_limit` times an hour, then reported.",
+        table(["service", "on", "port, protocol", "check", "times", "owner", "unhealthy"], lines),
+        "Ports without a check of their own, because the service that has them is checked above:",
+        table(["port of", "on", "port"], [[f"`{name}`", ", ".join(on), str(port)] for (name, port), on in others.items()]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def main() -> int:
+    if "--endpoints" in sys.argv:
+        print(endpoints_page(sys.argv[sys.argv.index("--endpoints") + 1]), end="")
+        return 0
     stale = []
-    for name, text in (("roles.md", roles_page()), ("app-contract.md", contract_page())):
+    pages = (("roles.md", roles_page()), ("app-contract.md", contract_page()), ("service-endpoints.md", endpoints_page(EXAMPLE)))
+    for name, text in pages:
         path = REFERENCE / name
         if not path.exists() or path.read_text() != text:
             stale.append(str(path.relative_to(ROOT)))
