@@ -117,6 +117,8 @@ HEALTH = Record(
     }
 )
 
+RESOURCES = Record({"memory_mb": Field(Number(64, 1024 * 1024)), "tasks": Field(Number(16, 32768))})
+
 PROCESS = Record(
     {
         "kind": Field(Text(choices=("web", "worker", "service", "timer", "task")), required=True),
@@ -135,6 +137,7 @@ PROCESS = Record(
         "task_time_limit_seconds": Field(SECONDS),
         "on_calendar": Field(Text()),
         "once": Field(Text()),
+        "resources": Field(RESOURCES, default=dict),
     }
 )
 
@@ -198,6 +201,10 @@ ONLY_FOR = {
 REQUIRED_FOR = {"web": ("port", "health"), "worker": ("task_time_limit_seconds",), "timer": ("on_calendar",)}
 OCCASIONAL = ("timer", "task")  # they run and end: their last run is their health, and nobody can wait for them
 START_PERIOD_SECONDS = {"web": 30}  # H1; every other kind 10
+# Far above what such a process needs, and far below what makes a host useless to others. Workers run other people's programs (TeX).
+MEMORY_MB = {"web": 2048, "worker": 4096}  # every other kind 1024
+TASKS = {"web": 512, "worker": 512}  # every other kind 256
+LOGS, DRY_RUN = "logs", "-bootstrap-check"  # units of the suite beside those of the processes
 HOST_CA = "/etc/evenkeel/pki/ca.crt"  # whom the role pki's certificates are verified against
 WORKER_GRACE_SECONDS = 30  # P3: a worker may finish its longest task, and needs a little to say goodbye
 
@@ -381,6 +388,8 @@ def _known_secret(name: str | None, secrets: Mapping[str, str], path: str) -> No
 
 def _process(name: str, process: dict[str, Any], app: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     path, kind = f"app.processes.{name}", process["kind"]
+    if name == LOGS or name.endswith(DRY_RUN):
+        raise ContractError(f"{path}: the suite has a unit {app['name']}-{name} of its own; choose another name")
     for optional, kinds in ONLY_FOR.items():
         if optional in process and kind not in kinds:
             raise ContractError(f"{path}.{optional}: only a process of kind {' or '.join(kinds)} has it, not a {kind}")
@@ -406,6 +415,7 @@ def _process(name: str, process: dict[str, Any], app: Mapping[str, Any], groups:
         result.setdefault(optional, None)
     result["path"] = result.get("path", "/" if kind == "web" else None)
     result.setdefault("start_period_seconds", START_PERIOD_SECONDS.get(kind, 10))
+    result["resources"] = {"memory_mb": MEMORY_MB.get(kind, 1024), "tasks": TASKS.get(kind, 256), **process["resources"]}
     limit = result["task_time_limit_seconds"]
     result["stop_seconds"] = limit + WORKER_GRACE_SECONDS if kind == "worker" else None
     return result
@@ -489,6 +499,7 @@ def _bootstrap(app: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         if name not in app["processes"]:
             raise ContractError(f"app.bootstrap.{name}: no such process, {did_you_mean(name, app['processes'])}")
     result: dict[str, list[dict[str, Any]]] = {}
+    unset: list[str] = []
     for process, described in app["processes"].items():
         provided = {**app["environment"], **app["secrets"], **described["environment"]}
         steps = sorted(app["bootstrap"].get(process, []), key=lambda step: cast(str, step["name"]))
@@ -498,13 +509,15 @@ def _bootstrap(app: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         for step in steps:
             for variable, purpose in step["environment"].items():
                 if variable not in provided:
-                    raise ContractError(f"app.bootstrap.{process}.{step['name']}: {variable} is not set: {purpose}")
+                    unset.append(f"app.bootstrap.{process}.{step['name']}: {variable} is not set: {purpose}")
             if not described["credentials"] and any(CREDENTIALS in word for word in step.get("command", [])):
                 raise ContractError(
                     f"app.bootstrap.{process}.{step['name']}.command: {CREDENTIALS} is the directory of the process's "
                     f"credentials, but app.processes.{process}.credentials is empty"
                 )
         result[process] = steps
+    if unset:
+        raise ContractError("; ".join(unset))  # all at once: whoever sets one variable sets the others, too
     _check_starts(result, app["processes"])
     return result
 

@@ -9,6 +9,7 @@ from typing import Any
 
 CREDENTIALS = "{credentials}"  # as in the filter app_contract: the directory that holds the process's credentials
 OCCASIONAL = ("timer", "task")  # as there: they run and end
+DRY_RUN = "-bootstrap-check"  # as there: the end of the name of a dry run's unit
 
 
 def systemd_argv(argv: Sequence[str]) -> str:
@@ -122,21 +123,43 @@ def bootstrap_table(contract: Mapping[str, Any], process: str) -> dict[str, Any]
         "process": process,
         "user": contract["user"],
         "group": contract["group"],
-        # <app>-run, which lists what is missing, has the variables of the app, not those of one process
-        "own_environment": sorted(contract["processes"][process]["environment"]),
+        "credentials": contract["processes"][process]["credentials"],
+        "program": release_command(contract["processes"][process]["command"], contract["paths"]["current"])[0],
         "steps": bootstrap_steps(contract, process),
     }
+
+
+def bootstrap_tables(contract: Mapping[str, Any], group_names: Sequence[str]) -> list[dict[str, Any]]:
+    """The bootstrap tables of this host's processes."""
+    return [bootstrap_table(contract, process["name"]) for process in host_processes(contract, group_names)]
 
 
 def bootstrap_files(contract: Mapping[str, Any], group_names: Sequence[str]) -> list[dict[str, Any]]:
     """The entries of a `files` task for the bootstrap tables of this host's processes."""
     return [
         {
-            "dest": f"{contract['paths']['bootstrap']}/{process['name']}.json",
-            "content": json.dumps(bootstrap_table(contract, process["name"]), indent=2, ensure_ascii=False) + "\n",
+            "dest": f"{contract['paths']['bootstrap']}/{table['process']}.json",
+            "content": json.dumps(table, indent=2, ensure_ascii=False) + "\n",
         }
-        for process in host_processes(contract, group_names)
+        for table in bootstrap_tables(contract, group_names)
     ]
+
+
+def logs_table(contract: Mapping[str, Any], group_names: Sequence[str], max_mb: int, backups: int) -> dict[str, Any]:
+    """What ``/etc/<app>/logs.json`` holds: which unit's lines go to which file. `max_mb` and `backups` as in role process."""
+    if int(max_mb) < 1 or int(backups) < 1:
+        raise ValueError("process_log_max_mb and process_log_backups must be at least 1: a file that is full becomes the first backup")
+    return {
+        "directory": contract["paths"]["log"],
+        "max_bytes": int(max_mb) * 1_000_000,
+        "backups": int(backups),
+        "units": {process["unit"]: process["name"] for process in host_processes(contract, group_names)},
+    }
+
+
+def log_directory_mode(contract: Mapping[str, Any]) -> str:
+    """The mode of the directory of log files, as the start-up steps make it."""
+    return next(entry["mode"] for entry in _own_directories(contract) if entry["path"] == contract["paths"]["log"])
 
 
 def _writable_paths(contract: Mapping[str, Any], process: str) -> list[str]:
@@ -150,6 +173,7 @@ def _writable_paths(contract: Mapping[str, Any], process: str) -> list[str]:
 def process_units(contract: Mapping[str, Any], group_names: Sequence[str]) -> list[dict[str, Any]]:
     """The entries of a `units` task for this host: sockets before services, services before timers.
 
+    Each process also has a unit that nothing starts but a person: the dry run of its start.
     A process is restarted when it has not seen the present release, variables, steps or credentials.
 
     Nothing runs before the first deploy (`requires_path`), but all of it is enabled, so that a host that was deployed
@@ -159,17 +183,18 @@ def process_units(contract: Mapping[str, Any], group_names: Sequence[str]) -> li
     units: list[dict[str, Any]] = []
     for process in host_processes(contract, group_names):
         name = process["name"]
-        template_vars = {
-            "__process_item": {
-                **process,
-                "argv": release_command(process["command"], paths["current"]),
-                "steps": bootstrap_steps(contract, name),
-                "writable": _writable_paths(contract, name),
-                "environment": process_environment(contract, name)["unit"],
-                "environment_file": _environment_path(contract, process),
-            }
+        item = {
+            **process,
+            "argv": release_command(process["command"], paths["current"]),
+            "steps": bootstrap_steps(contract, name),
+            "writable": _writable_paths(contract, name),
+            "environment": process_environment(contract, name)["unit"],
+            "environment_file": _environment_path(contract, process),
         }
+        template_vars = {"__process_item": {**item, "dry_run": False}}
         service: dict[str, Any] = {"name": process["unit"], "template": "process.service.j2", "vars": template_vars}
+        dry_run = {"name": f"{contract['name']}-{name}{DRY_RUN}.service", "template": "bootstrap-check.service.j2"}
+        units.append({**dry_run, "vars": {"__process_item": {**item, "dry_run": True}}})
         running = {"enabled": True, "state": "started", "requires_path": paths["current"]}
         triggers = [paths["current"], _environment_path(contract, process), paths["secrets"], f"{paths['bootstrap']}/{name}.json"]
         triggers += sorted(set(process["credentials"].values()))
@@ -212,6 +237,9 @@ def contract_health_services(contract: Mapping[str, Any], host: str, addresses: 
         for process in contract["processes"].values()
         if process["kind"] not in OCCASIONAL and f"{contract['name']}-{process['name']}" in wanted and host not in process["members"]
     ]
+    logs = f"{contract['name']}-logs"
+    if any(host in process["members"] for process in contract["processes"].values()):
+        own[logs] = {"name": logs, "owner": contract["name"], "unit": f"{logs}.service", "kind": "unit", "start_period_seconds": 10}
     return [*own.values(), *remote]
 
 
@@ -323,7 +351,10 @@ class FilterModule:
             host_processes,
             host_packages,
             bootstrap_steps,
+            bootstrap_tables,
             bootstrap_files,
+            logs_table,
+            log_directory_mode,
             process_units,
             contract_health_services,
             contract_credentials,

@@ -152,6 +152,10 @@ WRONG: list[tuple[str, Any, str]] = [
     ("processes/web/environment", {"PIER_KEY": "x"}, "app.processes.web.environment.PIER_KEY: is in app.secrets too"),
     ("processes/script/environment", ..., "app.bootstrap.script.10-server: SCRIPT_CERT is not set: its certificate"),
     ("migrations", ["core"], "app.migrations: must be a dictionary, but is a list"),
+    ("processes/web/resources", {"memory": 1}, "app.processes.web.resources.memory: unknown name, did you mean memory_mb?"),
+    ("processes/web/resources", {"memory_mb": 1}, "app.processes.web.resources.memory_mb: must be between 64 and 1048576, but is 1"),
+    ("processes/logs", {"kind": "task", "hosts": "web", "command": ["x"]}, "app.processes.logs: the suite has a unit pier-logs of its own"),
+    ("processes/a-bootstrap-check", {"kind": "task", "hosts": "web", "command": ["x"]}, "app.processes.a-bootstrap-check: the suite has"),
 ]
 
 
@@ -161,6 +165,22 @@ def test_what_is_wrong_is_named(path: str, value: Any, sentence: str) -> None:
         app_contract(changed(path, value), GROUPS, ["redis", "postgresql-core"])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_s2_all_variables_that_are_missing_are_named_at_once() -> None:
+    contract = copy.deepcopy(APP)
+    contract["bootstrap"]["web"].append({"name": "30-last", "environment": {"PIER_B": "for b", "PIER_A": "for a"}})
+    problem = contract_filter.contract_problem(contract, GROUPS)
+    assert problem == "app.bootstrap.web.30-last: PIER_B is not set: for b; app.bootstrap.web.30-last: PIER_A is not set: for a"
+
+
+def test_resources_have_bounds_that_fit_the_kind() -> None:
+    contract = copy.deepcopy(APP)
+    contract["processes"]["web"]["resources"] = {"memory_mb": 8192}
+    resources = {name: process["resources"] for name, process in app_contract(contract, GROUPS)["processes"].items()}
+    assert resources["web"] == {"memory_mb": 8192, "tasks": 512}
+    assert resources["slow"] == {"memory_mb": 4096, "tasks": 512}
+    assert resources["sweep"] == {"memory_mb": 1024, "tasks": 256}
 
 
 def test_two_processes_on_one_port_of_a_host() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -34,10 +35,10 @@ def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
     return copied
 
 
-def save(steps: list[dict[str, Any]]) -> None:
+def save(steps: list[dict[str, Any]], **more: Any) -> None:
     folder = bootstrap.CONFIGURATION / "pier/bootstrap"
     folder.mkdir(parents=True, exist_ok=True)
-    table = {"app": "pier", "process": "web", "user": "root", "group": "root", "steps": steps}
+    table = {"app": "pier", "process": "web", "user": "root", "group": "root", "steps": steps, **more}
     (folder / "web.json").write_text(json.dumps(table))
 
 
@@ -72,19 +73,22 @@ def test_a_command_that_fails_or_is_absent_is_named(
     assert "step 20-more: none-such cannot be run" in capfd.readouterr().err
 
 
-def test_list_tells_all_that_is_missing_and_runs_nothing(
+def test_the_dry_run_tells_all_that_is_missing_and_runs_nothing(
     steps: list[dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
     steps[0]["writable"] = [str(tmp_path / "none"), str(tmp_path / "file"), str(tmp_path)]
     steps[0]["command"] = ["/bin/sh", "-c", f"touch {tmp_path}/ran"]
     save(steps)
-    assert bootstrap.main(["--list", "pier"]) == 1
+    save(steps, credentials={"tls.key": "/etc/pier.key"})
+    assert bootstrap.main(["--check", "pier", "web"]) == 1
     lines = capfd.readouterr().out.splitlines()
-    assert len(lines) == 3
-    assert "PIER_KEY" in lines[0]
-    assert f"directory {tmp_path}/none does not exist" in lines[1]
-    assert "file is not a directory" in lines[2]
+    assert len(lines) == 5
+    assert "credential tls.key is not there: /etc/pier.key is missing" in lines[0]
+    assert "PIER_KEY" in lines[1]
+    assert f"directory {tmp_path}/none does not exist" in lines[2]
+    assert "file is not a directory" in lines[3]
+    assert "no release is deployed" in lines[4]
     assert not (tmp_path / "ran").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pier"], "no probe is left behind"
 
@@ -94,8 +98,8 @@ def test_root_is_told_that_its_answer_would_mean_nothing(
 ) -> None:
     save(steps)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert bootstrap.main(["--list", "pier"]) == 1
-    assert "pier-run /usr/local/lib/evenkeel/bootstrap.py --list pier" in capfd.readouterr().err
+    assert bootstrap.main(["--check", "pier", "web"]) == 1
+    assert "type: systemctl start pier-web-bootstrap-check" in capfd.readouterr().err
 
 
 @pytest.fixture
@@ -149,13 +153,51 @@ def test_a_step_reads_the_credentials_of_its_process(steps: list[dict[str, Any]]
     assert (tmp_path / "copy").read_text() == "key"
 
 
-def test_list_knows_the_variables_that_only_the_process_has(steps: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]) -> None:
-    save(steps)
-    path = bootstrap.CONFIGURATION / "pier/bootstrap/web.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "own_environment": ["PIER_KEY"]}))
-    assert bootstrap.main(["--list", "pier"]) == 0
-    assert bootstrap.main(["--run", "pier", "web", "10-web"]) == 1, "when it starts, the variable must be there"
-    assert "PIER_KEY is not set" in capfd.readouterr().err
+def test_the_dry_run_knows_a_release_and_its_programs(
+    steps: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    (tmp_path / "key").write_text("key")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIER_KEY", "k")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    save(steps, program=f"{tmp_path}/venv/bin/gunicorn", credentials={"key": "/etc/key"})
+    assert bootstrap.main(["--check", "pier", "web"]) == 1
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.partition(" cannot be run: ")[0] for line in lines] == [
+        f"pier web: step 20-more: program {tmp_path}/venv/bin/false",
+        f"pier web: program {tmp_path}/venv/bin/gunicorn",
+    ]
+    for name in ("false", "gunicorn"):
+        (tmp_path / "venv/bin" / name).symlink_to("/usr/bin/true")
+    assert bootstrap.main(["--check", "pier", "web"]) == 0
+    assert capfd.readouterr().out == "pier web: nothing is missing\n"
+
+
+def test_the_dry_run_of_a_playbook_names_what_the_playbook_will_not_bring(
+    steps: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made, wrong = tmp_path / "made", tmp_path / "wrong"
+    wrong.mkdir(mode=0o700)
+    steps[0]["directories"] = [{"path": str(path), "mode": "0750"} for path in (made, wrong)]
+    steps[0]["writable"] = [str(made), str(wrong), str(tmp_path / "none")]
+    credentials = {"a": "/etc/evenkeel/pki/none.key", "b": "/etc/none.key"}
+    table = {"app": "pier", "process": "web", "user": "root", "group": "root", "steps": steps, "credentials": credentials}
+    became: list[tuple[str, str]] = []
+    monkeypatch.setattr(bootstrap, "become", lambda *names: became.append(names))
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps([table, table])))
+    assert bootstrap.main(["--paths", "pier"]) == 1
+    lines = capfd.readouterr().out.splitlines()
+    assert became == [("root", "root")]
+    assert len(lines) == 2, "not what the start makes, not what the suite makes, and each once"
+    assert lines[0].startswith("pier web: credential b is not there: /etc/none.key does not exist")
+    assert lines[1].startswith(f"pier web: step 20-more: directory {tmp_path}/none does not exist")
+
+    table["user"] = "nobody-of-this-name"
+    table["credentials"] = {}
+    monkeypatch.setattr(bootstrap, "become", lambda *_names: {}["no such user"])
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps([table])))
+    assert bootstrap.main(["--paths", "pier"]) == 0, "a host that has not been converged cannot be asked"
 
 
 def test_an_unknown_process_or_step_is_named(steps: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]) -> None:

@@ -78,8 +78,14 @@ def test_environment_file_gives_the_value_back(value: str) -> None:
 
 def test_a_host_gets_the_units_of_its_groups() -> None:
     names = [unit["name"] for unit in processes.process_units(CONTRACT, ["web", "worker"])]
-    assert names == ["pier-slow.service", "pier-sweep.service", "pier-sweep.timer", "pier-web.socket", "pier-web.service"]
-    assert [unit["name"] for unit in processes.process_units(CONTRACT, ["web"])] == ["pier-web.socket", "pier-web.service"]
+    assert [name for name in names if "bootstrap-check" not in name] == [
+        "pier-slow.service", "pier-sweep.service", "pier-sweep.timer", "pier-web.socket", "pier-web.service",
+    ]  # fmt: skip
+    assert [name for name in names if "bootstrap-check" in name] == [
+        f"pier-{process}-bootstrap-check.service" for process in ("slow", "sweep", "web")
+    ]
+    names = [unit["name"] for unit in processes.process_units(CONTRACT, ["web"])]
+    assert names == ["pier-web-bootstrap-check.service", "pier-web.socket", "pier-web.service"]
     assert processes.host_packages(CONTRACT, ["web"]) == ["file"]
     assert processes.host_packages(CONTRACT, ["worker"]) == ["file", "latexmk"]
     assert processes.host_packages(CONTRACT, ["proxy"]) == []
@@ -87,10 +93,23 @@ def test_a_host_gets_the_units_of_its_groups() -> None:
 
 def test_nothing_runs_before_the_first_deploy() -> None:
     for unit in processes.process_units(CONTRACT, ["web", "worker"]):
-        if unit["name"] == "pier-sweep.service":
-            assert "state" not in unit, "its timer starts it"
+        if unit["name"] == "pier-sweep.service" or "bootstrap-check" in unit["name"]:
+            assert "state" not in unit, "its timer starts it, and a dry run only a person"
         else:
             assert unit["requires_path"] == "/opt/pier/current"
+
+
+def test_the_lines_of_a_host_s_processes_have_files_of_their_own() -> None:
+    table = processes.logs_table(CONTRACT, ["script"], 20, 3)
+    assert table == {
+        "directory": "/var/log/pier",
+        "max_bytes": 20_000_000,
+        "backups": 3,
+        "units": {"pier-register.service": "register", "pier-script.service": "script", "pier-secure.service": "secure"},
+    }
+    assert processes.log_directory_mode(CONTRACT) == "0750"
+    with pytest.raises(ValueError, match="at least 1"):
+        processes.logs_table(CONTRACT, ["script"], 20, 0)
 
 
 def unit(name: str) -> dict[str, Any]:
@@ -109,7 +128,7 @@ def test_s3_a_task_is_started_by_the_step_of_its_service_alone() -> None:
 
 def test_a_task_has_no_health_check_that_could_alarm_while_it_rests() -> None:
     names = [entry["name"] for entry in processes.contract_health_services(CONTRACT, "c", ADDRESSES)]
-    assert sorted(names) == ["pier-script", "pier-secure"]
+    assert sorted(names) == ["pier-logs", "pier-script", "pier-secure"]
 
 
 def test_a_renewed_credential_restarts_the_process_that_has_it() -> None:
@@ -157,7 +176,7 @@ def test_whichever_process_starts_first_makes_the_apps_directories_as_a_step_dec
 
 def test_health_services_of_a_host_and_those_it_waits_for() -> None:
     own = {entry["name"]: entry for entry in processes.contract_health_services(CONTRACT, "a", ADDRESSES)}
-    assert set(own) == {"pier-web", "pier-slow", "pier-sweep"}
+    assert set(own) == {"pier-web", "pier-slow", "pier-sweep", "pier-logs"}
     assert own["pier-web"]["url"] == "http://10.0.0.1:8000/h"
     assert own["pier-web"]["headers"] == {"X-Forwarded-Proto": "https", "Host": "pier.example"}
     assert own["pier-slow"]["command"] == ["/opt/pier/current/venv/bin/ping"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,8 +34,10 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
 
 def test_every_template_renders(rendered: dict[str, dict[str, str]]) -> None:
     for role in (path.name for path in (ROOT / "roles").iterdir()):
-        for template in (ROOT / "roles" / role / "templates").glob("*.j2"):
-            assert template.name in rendered.get(role, {}), f"{role}/{template.name} is used by no task"
+        templates = list((ROOT / "roles" / role / "templates").glob("*.j2"))
+        parts = {name for template in templates for name in re.findall(r"{% include '(.+?)' %}", template.read_text())}
+        for template in templates:
+            assert template.name in {*rendered.get(role, {}), *parts}, f"{role}/{template.name} is used by no task"
 
 
 def test_undefined_names_fail(tmp_path: Path) -> None:
@@ -119,3 +122,20 @@ def test_keepalived_knows_its_peers_and_holds_the_address_of_the_platform(render
     text = " ".join(rendered["proxy"]["keepalived.conf.j2"].split())
     assert "unicast_src_ip 10.87.3.61 unicast_peer { 10.87.3.62 } virtual_ipaddress { 10.87.3.10 }" in text
     assert "nopreempt" in text
+
+
+def test_the_dry_run_of_a_start_has_what_the_process_has(rendered: dict[str, dict[str, str]]) -> None:
+    """S2: the same user, variables, credentials and walls; otherwise its answer would be about another process."""
+    for process in ("web", "speaks-tls", "nightly"):
+        own, dry = lines(rendered, process), lines(rendered, f"{process}-bootstrap-check")
+        rights = own[own.index("# Who it is and what it is given.") :]
+        rights = rights[: rights.index("[Install]")] if "[Install]" in rights else rights
+        lenient = [line.replace("EnvironmentFile=-", "EnvironmentFile=").replace("Directory=-", "Directory=") for line in dry]
+        assert [line for line in rights if line and line not in lenient] == []
+        assert "OnFailure" not in "".join(dry), "what is missing is the answer, and no failure"
+    assert "SetCredential=tls.key:" in lines(rendered, "speaks-tls-bootstrap-check"), "it is to start without its credentials, too"
+
+
+def test_processes_are_bounded_by_their_contract(rendered: dict[str, dict[str, str]]) -> None:
+    for process, bounds in (("web", ["MemoryMax=2048M", "TasksMax=512"]), ("speaks-tls", ["MemoryMax=1024M", "TasksMax=256"])):
+        assert {*bounds, "LimitCORE=0", "OOMPolicy=continue", "LogRateLimitBurst=100000000"} <= set(lines(rendered, process))

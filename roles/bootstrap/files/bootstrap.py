@@ -4,7 +4,8 @@
 ``prepare`` runs with full privileges and makes the directories of one step. ``run`` runs as the application's user, in
 the sandbox of the process, and checks the variables and paths of the step, then runs its command. ``start`` has full
 privileges again: it starts the step's tasks and does not wait for them. systemd calls them for one step after another;
-the first that fails stops the start with one line. ``--list`` tells all that is missing.
+the first that fails stops the start with one line. ``--check``, the dry run of a start, tells all that is missing; so does
+``--paths``, before site.yml or deploy.yml changes a host, of what they do not bring themselves.
 
 The steps stand in ``/etc/<app>/bootstrap/<process>.json``.
 """
@@ -20,7 +21,7 @@ import shlex
 import stat
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,8 @@ class Table:
     user: str
     group: str
     steps: tuple[Step, ...]
-    own_environment: frozenset[str] = frozenset()
+    program: str = ""
+    credentials: dict[str, str] = field(default_factory=dict)
 
 
 def load_table(app: str, process: str) -> Table:
@@ -78,6 +80,11 @@ def load_table(app: str, process: str) -> Table:
         raise BootstrapError(
             f"{app} {process}: {path} is missing: it lists the start-up steps; run playbooks/site.yml for this host"
         ) from None
+    return read_table(data)
+
+
+def read_table(data: Mapping[str, Any]) -> Table:
+    """The table of one process."""
     steps = [
         Step(
             step["name"],
@@ -90,8 +97,8 @@ def load_table(app: str, process: str) -> Table:
         for step in data["steps"]
     ]
     ordered = tuple(sorted(steps, key=lambda step: step.name))
-    own = frozenset(data.get("own_environment", ()))
-    return Table(data["app"], data["process"], data["user"], data["group"], ordered, own)
+    program, credentials = data.get("program", ""), dict(data.get("credentials", {}))
+    return Table(data["app"], data["process"], data["user"], data["group"], ordered, program, credentials)
 
 
 def pick(table: Table, name: str) -> Step:
@@ -181,11 +188,15 @@ def prepare(table: Table, step: Step) -> None:
             ) from None
 
 
+def program_of(command: Sequence[str]) -> str:
+    """The path of a command's program: in the release, unless it is absolute."""
+    return command[0] if command[0].startswith("/") else str(Path.cwd() / "venv" / "bin" / command[0])
+
+
 def run_command(table: Table, step: Step) -> None:
     """Run the step's command in the release; its own output goes to the journal as it is."""
     words = [word.replace("{credentials}", os.environ.get("CREDENTIALS_DIRECTORY", "")) for word in step.command]
-    program = words[0]
-    argv = [program if program.startswith("/") else str(Path.cwd() / "venv" / "bin" / program), *words[1:]]
+    argv = [program_of(words), *words[1:]]
     shown = shlex.join(step.command)
     try:
         code = subprocess.run(argv, stdin=subprocess.DEVNULL, check=False).returncode
@@ -243,32 +254,101 @@ def run(table: Table, step: Step) -> None:
         run_command(table, step)
 
 
-def list_missing(tables: Sequence[Table]) -> list[str]:
-    """All that is missing for all steps, without changing anything or running any command."""
-    result = []
-    for table in tables:
-        declared = {directory.path for step in table.steps for directory in step.directories}
-        for step in table.steps:
-            sentences = missing_variables(step, {**os.environ, **dict.fromkeys(table.own_environment, "set by its unit")})
-            # A directory that a step will make need not be writable yet.
-            paths = [path for path in step.writable if path not in declared or Path(path).exists()]
-            sentences += [sentence for path in paths if (sentence := unwritable(path, table.user))]
-            result += [f"{label(table, step)}: {sentence}" for sentence in sentences]
-    return result
+def missing_paths(table: Table, step: Step) -> list[str]:
+    """One sentence for each directory that is not writable, and that the start itself does not put right before."""
+    made = {directory.path: directory.mode for step in table.steps for directory in step.directories}
+    paths = [path for path in step.writable if path not in made or is_right(path, made[path], table.user)]
+    return [sentence for path in paths if (sentence := unwritable(path, table.user))]
 
 
-def run_list(app: str, processes: Sequence[str]) -> int:
-    """Print all that is missing. A directory that the start itself makes is not."""
-    folder = CONFIGURATION / app / "bootstrap"
-    names = list(processes) or sorted(path.stem for path in folder.glob("*.json"))
-    tables = [load_table(app, name) for name in names]
-    missing = list_missing(tables)
+def is_right(path: str, mode: int, user: str) -> bool:
+    """Whether the start would leave the directory as it is."""
+    try:
+        found = Path(path).lstat()
+        return stat.S_ISDIR(found.st_mode) and stat.S_IMODE(found.st_mode) == mode and found.st_uid == pwd.getpwnam(user).pw_uid
+    except OSError:
+        return False
+
+
+def missing_programs(table: Table, step: Step | None = None) -> list[str]:
+    """One sentence for a program that the release does not have."""
+    command = step.command if step else (table.program,)
+    program = program_of(command) if command and command[0] else ""
+    if not program or os.access(program, os.X_OK):
+        return []
+    what = f"app.bootstrap.{table.process}.{step.name}" if step else f"app.processes.{table.process}"
+    return [f"program {program} cannot be run: correct the command in {what}, or deploy a release that has it"]
+
+
+def missing_credentials(table: Table) -> list[str]:
+    """One sentence for each credential that is not there. The unit of the dry run gives an empty one instead."""
+    folder = Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"))
+    return [
+        f"credential {name} is not there: {path} is missing or empty; make it, or correct credentials in app.processes.{table.process}"
+        for name, path in table.credentials.items()
+        if not (folder / name).is_file() or not (folder / name).stat().st_size
+    ]
+
+
+def check(table: Table) -> list[str]:
+    """All that the start would miss, found as the process itself: by its user, in its sandbox, with what it is given."""
+    here = f"{table.app} {table.process}"
+    result = [f"{here}: {sentence}" for sentence in missing_credentials(table)]
+    for step in table.steps:
+        sentences = missing_variables(step, os.environ) + missing_paths(table, step)
+        if released():
+            sentences += missing_programs(table, step)
+        result += [f"{label(table, step)}: {sentence}" for sentence in sentences]
+    if not released():
+        return [*result, f"{here}: no release is deployed on this host; run playbooks/deploy.yml"]
+    return result + [f"{here}: {sentence}" for sentence in missing_programs(table)]
+
+
+def released() -> bool:
+    """Whether the working directory, which the unit has set, is a release."""
+    return (Path.cwd() / "venv").is_dir()
+
+
+def run_check(table: Table) -> int:
+    """Print all that is missing, and change nothing."""
+    missing = check(table)
     for sentence in missing:
         print(sentence)
     if missing:
         return FAILED
-    print(f"{app}: nothing is missing for {', '.join(names) or 'any process'}")
+    print(f"{table.app} {table.process}: nothing is missing")
     return OK
+
+
+def run_paths(tables: Sequence[Table]) -> int:
+    """As root: print what will be missing on this host once the suite has done its part, and change nothing.
+
+    Variables, directories of the contract and what lies below /etc/evenkeel are the suite's own part.
+    """
+    missing = [
+        f"{table.app} {table.process}: credential {name} is not there: {path} does not exist; "
+        f"make it, or correct credentials in app.processes.{table.process}"
+        for table in tables
+        for name, path in table.credentials.items()
+        if not path.startswith("/etc/evenkeel/") and not Path(path).exists()
+    ]
+    try:
+        for table in tables[:1]:  # all are of one application
+            become(table.user, table.group)
+    except KeyError:
+        tables = []  # a host that has not been converged yet
+    missing += [f"{label(table, step)}: {sentence}" for table in tables for step in table.steps for sentence in missing_paths(table, step)]
+    for sentence in dict.fromkeys(missing):
+        print(sentence)
+    return FAILED if missing else OK
+
+
+def become(user: str, group: str) -> None:
+    """Give up root's privileges."""
+    uid, gid = pwd.getpwnam(user).pw_uid, grp.getgrnam(group).gr_gid
+    os.setgroups([gid])
+    os.setgid(gid)
+    os.setuid(uid)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -278,9 +358,10 @@ def parser() -> argparse.ArgumentParser:
     verbs.add_argument("--prepare", action="store_true", help="make the directories of the step (as root)")
     verbs.add_argument("--run", action="store_true", help="check and run the step (as the application's user)")
     verbs.add_argument("--start", action="store_true", help="start the tasks of the step, without waiting (as root)")
-    verbs.add_argument("--list", action="store_true", help="print all that is missing; exit code 1 if anything is")
+    verbs.add_argument("--check", action="store_true", help="print all that the start would miss (in the unit of the dry run)")
+    verbs.add_argument("--paths", action="store_true", help="print which paths are missing for the tables on standard input (as root)")
     result.add_argument("app")
-    result.add_argument("process", nargs="?", help="with --list: this process only")
+    result.add_argument("process", nargs="?")
     result.add_argument("step", nargs="?", help="this step only")
     return result
 
@@ -289,16 +370,19 @@ def main(argv: Sequence[str]) -> int:
     """Run the verb."""
     options = parser().parse_args(argv)
     try:
+        if options.paths:
+            return run_paths([read_table(table) for table in json.load(sys.stdin)])
+        if not options.process:
+            raise BootstrapError("name the process, and the step if only one is wanted")
         if os.geteuid() == 0 and not (options.prepare or options.start):
             raise BootstrapError(
                 f"{options.app}: root may write everywhere, so this says nothing; "
-                f"type: {options.app}-run /usr/local/lib/evenkeel/bootstrap.py --list {options.app}"
+                f"type: systemctl start {options.app}-{options.process}-bootstrap-check; "
+                f"journalctl -u {options.app}-{options.process}-bootstrap-check -n 20"
             )
-        if options.list:
-            return run_list(options.app, [options.process] if options.process else [])
-        if not options.process:
-            raise BootstrapError("name the process, and the step if only one is wanted")
         table = load_table(options.app, options.process)
+        if options.check:
+            return run_check(table)
         for step in [pick(table, options.step)] if options.step else table.steps:
             (prepare if options.prepare else start if options.start else run)(table, step)
     except BootstrapError as error:
