@@ -12,7 +12,7 @@ import testinfra
 from conftest import ADDRESS, STATE, secret
 
 SERVICES = {
-    "drydock-relay", "drydock-script-processor", "drydock-web", "drydock-worker-export", "drydock-worker-latex", "etcd",
+    "drydock-logs", "drydock-relay", "drydock-script-processor", "drydock-web", "drydock-worker-export", "drydock-worker-latex", "etcd",
     "object-storage", "postgresql-core", "postgresql-plugins", "proxy", "redis",
 }  # fmt: skip
 
