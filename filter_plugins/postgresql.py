@@ -30,8 +30,20 @@ def _bounded(value: int, least: int, most: int) -> int:
     return min(max(value, least), most)
 
 
+def maintenance_target(cluster: str, database: str = "", table: str = "") -> str:
+    """What `pg_maintenance.py` is asked to work on: all of a cluster, one database, or one table."""
+    return ":".join([cluster, database, table]).rstrip(":")
+
+
+def systemd_escape(text: str) -> str:
+    """The text as the instance of a unit's name, as `systemd-escape` writes it."""
+    plain = set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789:_.")
+    escaped = "".join("-" if chr(byte) == "/" else chr(byte) if chr(byte) in plain else f"\\x{byte:02x}" for byte in text.encode())
+    return f"\\x2e{escaped[1:]}" if escaped.startswith(".") else escaped
+
+
 class FilterModule:
-    """Filters for the role postgresql."""
+    """Filters for the roles of PostgreSQL and what runs them."""
 
     def filters(self) -> dict[str, Any]:
-        return {"postgresql_memory": postgresql_memory}
+        return {"postgresql_memory": postgresql_memory, "maintenance_target": maintenance_target, "systemd_escape": systemd_escape}

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAB_HOSTS = {"proxy": "proxy-1", "redis": "ops-1"}
 # what plays and earlier tasks would have set
 GIVEN = {
-    "postgresql_cluster": "core",
+    "postgresql_cluster": "core", "pg_maintenance_cluster": "core",
     "release_app": "app", "release_archive": "/r", "release_id": "1", "release_sha256": "0",
     "ansible_managed": "Managed by Ansible",
     "ansible_check_mode": False,
