@@ -284,6 +284,10 @@ def platform_health_services(
             command = ["curl", "--silent", "--show-error", "--output", "/dev/null", place["url"]]
             asked = {"kind": "command", "command": command, "endpoint": place["url"], "protocol": "https (S3)"}
             services.append({**service, **asked, "remote": True})
+    for cluster in CLUSTERS:
+        if host in [member["name"] for member in topo["postgresql"][cluster]["members"]]:
+            timers = [f"pg-maintenance-{action}@{cluster}.timer" for action in ("vacuum", "reindex")]
+            services.append({"name": f"pg-maintenance-{cluster}", "owner": "platform", "kind": "timer", "timers": timers})
     return services
 
 

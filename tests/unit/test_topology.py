@@ -89,7 +89,11 @@ def test_empty_secrets() -> None:
 def test_health_rows_of_a_host_and_of_what_it_waits_for_elsewhere() -> None:
     topo = t.topology(groups(worker=["b"]), ADDRESSES)
     here = {row["name"]: row for row in t.platform_health_services(topo, "a", APP, "/pki")}
-    assert set(here) == set(topo["services"])
+    timers = {name: row.pop("timers") for name, row in here.items() if row["kind"] == "timer"}
+    assert set(here) - set(timers) == set(topo["services"])
+    assert timers == {
+        f"pg-maintenance-{cluster}": [f"pg-maintenance-{action}@{cluster}.timer" for action in ("vacuum", "reindex")] for cluster in t.CLUSTERS
+    }
     assert not any(row.get("remote") for row in here.values())
     assert here["postgresql-core"]["command"][-4:] == ["-U", "shop", "-d", "shop"]
     assert "-e" in here["redis"]["command"], "without -e redis-cli calls a refused PING a success"
@@ -102,7 +106,7 @@ def test_health_rows_of_a_host_and_of_what_it_waits_for_elsewhere() -> None:
 def test_nothing_of_the_platform_is_restarted_for_its_health_a_database_least_of_all() -> None:
     rows = t.platform_health_services(t.topology(groups(), ADDRESSES), "a", APP, "/pki", "10.0.0.9")
     assert not [row["name"] for row in rows if "restart" in row]
-    assert all(row["protocol"] for row in rows)
+    assert all(row["protocol"] for row in rows if row["kind"] != "timer")
 
 
 def test_any_member_may_answer_for_a_service_elsewhere_but_only_the_one_that_takes_writes() -> None:
