@@ -84,7 +84,7 @@ def test_the_dry_run_tells_all_that_is_missing_and_runs_nothing(
     assert bootstrap.main(["--check", "pier", "web"]) == 1
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 5
-    assert "credential tls.key is not there: /etc/pier.key is missing" in lines[0]
+    assert "credential tls.key is not there: /etc/pier.key does not exist" in lines[0]
     assert "PIER_KEY" in lines[1]
     assert f"directory {tmp_path}/none does not exist" in lines[2]
     assert "file is not a directory" in lines[3]
@@ -158,18 +158,21 @@ def test_the_dry_run_knows_a_release_and_its_programs(
 ) -> None:
     (tmp_path / "venv/bin").mkdir(parents=True)
     (tmp_path / "key").write_text("key")
+    (tmp_path / "absent").write_text("not-on-this-host")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIER_KEY", "k")
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
-    save(steps, program=f"{tmp_path}/venv/bin/gunicorn", credentials={"key": "/etc/key"})
+    save(steps, program=f"{tmp_path}/venv/bin/gunicorn", credentials={"key": "/etc/key", "absent": "/etc/absent"})
     assert bootstrap.main(["--check", "pier", "web"]) == 1
     lines = capfd.readouterr().out.splitlines()
+    assert lines.pop(0).startswith("pier web: credential absent is not there: /etc/absent does not exist")
     assert [line.partition(" cannot be run: ")[0] for line in lines] == [
         f"pier web: step 20-more: program {tmp_path}/venv/bin/false",
         f"pier web: program {tmp_path}/venv/bin/gunicorn",
     ]
     for name in ("false", "gunicorn"):
         (tmp_path / "venv/bin" / name).symlink_to("/usr/bin/true")
+    (tmp_path / "absent").write_text("now it is")
     assert bootstrap.main(["--check", "pier", "web"]) == 0
     assert capfd.readouterr().out == "pier web: nothing is missing\n"
 

@@ -133,7 +133,9 @@ def test_the_dry_run_of_a_start_has_what_the_process_has(rendered: dict[str, dic
         lenient = [line.replace("EnvironmentFile=-", "EnvironmentFile=").replace("Directory=-", "Directory=") for line in dry]
         assert [line for line in rights if line and line not in lenient] == []
         assert "OnFailure" not in "".join(dry), "what is missing is the answer, and no failure"
-    assert "SetCredential=tls.key:" in lines(rendered, "speaks-tls-bootstrap-check"), "it is to start without its credentials, too"
+    assert "SetCredential=tls.key:not-on-this-host" in lines(rendered, "speaks-tls-bootstrap-check"), (
+        "it is to start without its credentials, too"
+    )
 
 
 def test_processes_are_bounded_by_their_contract(rendered: dict[str, dict[str, str]]) -> None:

@@ -32,6 +32,7 @@ CONFIGURATION = Path("/etc")
 SYSTEMCTL = ("/usr/bin/systemctl", "--no-ask-password")
 SYSTEMCTL_SECONDS = 10
 OK, FAILED, USAGE = 0, 1, 2
+ABSENT = b"not-on-this-host"  # as in the unit of the dry run
 
 
 class BootstrapError(Exception):
@@ -280,13 +281,17 @@ def missing_programs(table: Table, step: Step | None = None) -> list[str]:
     return [f"program {program} cannot be run: correct the command in {what}, or deploy a release that has it"]
 
 
+def no_credential(table: Table, name: str) -> str:
+    """The sentence for one that is missing."""
+    where = f"app.processes.{table.process}"
+    return f"credential {name} is not there: {table.credentials[name]} does not exist; make it, or correct credentials in {where}"
+
+
 def missing_credentials(table: Table) -> list[str]:
-    """One sentence for each credential that is not there. The unit of the dry run gives an empty one instead."""
+    """One sentence for each credential that is not there. The unit of the dry run has a word in its place (`SetCredential=`)."""
     folder = Path(os.environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"))
     return [
-        f"credential {name} is not there: {path} is missing or empty; make it, or correct credentials in app.processes.{table.process}"
-        for name, path in table.credentials.items()
-        if not (folder / name).is_file() or not (folder / name).stat().st_size
+        no_credential(table, name) for name in table.credentials if not (folder / name).is_file() or (folder / name).read_bytes() == ABSENT
     ]
 
 
@@ -326,8 +331,7 @@ def run_paths(tables: Sequence[Table]) -> int:
     Variables, directories of the contract and what lies below /etc/evenkeel are the suite's own part.
     """
     missing = [
-        f"{table.app} {table.process}: credential {name} is not there: {path} does not exist; "
-        f"make it, or correct credentials in app.processes.{table.process}"
+        f"{table.app} {table.process}: {no_credential(table, name)}"
         for table in tables
         for name, path in table.credentials.items()
         if not path.startswith("/etc/evenkeel/") and not Path(path).exists()
