@@ -234,6 +234,24 @@ def _front_door(screen: Screen, topology: Mapping[str, Any], answers: Mapping[st
             screen.problem(f"{host} is drained at {_and(at)}, but not at {missing}", then)
 
 
+def _page(screen: Screen, proxies: Sequence[str], answers: Mapping[str, Mapping[str, Any]]) -> str:
+    """The maintenance page; returns what the first line of the screen says of it, empty while it is off."""
+    said = {name: _said(answers, name, "page") for name in proxies}
+    for name, (_, why) in said.items():
+        if why and why != HOST_DOWN:
+            screen.problem(f"whether {name} shows the maintenance page is unknown: {why}", f"on {name}: evenkeel-page status")
+    on = {name: found for name, (found, _) in said.items() if found}
+    off = [name for name, (found, why) in said.items() if not found and not why]
+    if not on:
+        return ""
+    entry = next(iter(on.values()))
+    told = f"{entry.get('reason', '')} ({entry.get('by', '?')}, {entry.get('since', '?')})"
+    screen.row("page", "ON", " ".join(on), told)
+    where = f" at {_and(on)}, but not at {_and(off)}" if off else ""
+    screen.problem(f"users get the maintenance page{where}: {told}", "when the work is done: playbooks/maintenance.yml -e page=off")
+    return f"MAINTENANCE PAGE IS ON{where}: {told}"
+
+
 def _hosts(screen: Screen, addresses: Mapping[str, str], answers: Mapping[str, Mapping[str, Any]]) -> int:
     """A line for each host, and one more for each service that is not well; returns how many services there are."""
     count = 0
@@ -323,12 +341,15 @@ def status_report(
         _postgresql(screen, cluster, [member["name"] for member in place["members"]], answers)
     _redis(screen, [member["name"] for member in topology["redis"]["members"]], answers)
     _front_door(screen, topology, answers)
+    page = _page(screen, [member["name"] for member in topology["proxy"]["members"]], answers)
     screen.lines.append("hosts")
     services = _hosts(screen, topology["addresses"], answers)
     problems = [*screen.dangers, *screen.problems]
     number = _count(len(problems), "problem")
     if screen.dangers:
         verdict = f"DANGER: {screen.dangers[0][0]}" + (f" ({number} below)" if len(problems) > 1 else "")
+    elif page:
+        verdict = page + (f" ({number} below)" if len(problems) > 1 else "")
     elif problems:
         verdict = f"NOT WELL: {number}, listed below"
     else:

@@ -41,7 +41,7 @@ options:
     description: Password of the Sentinels' user C(sentinel), who may ask them for the master's address.
     type: str
   proxy:
-    description: Whether this host is a proxy, which has drained hosts and may hold the platform's address.
+    description: Whether this host is a proxy, which has drained hosts, shows users a page or not, and may hold the platform's address.
     type: bool
     default: false
   timeout_seconds:
@@ -80,6 +80,7 @@ state:
     sentinel: {master: redis-1}
     addresses: [10.0.0.61, 10.0.0.10]
     drained: [{host: web-1, reason: kernel update, by: anna, since: "2026-11-22T03:30:04Z"}]
+    page: {reason: new hall, by: anna, since: "2026-11-22T03:30:04Z"}
 """
 
 import json
@@ -200,6 +201,7 @@ def questions(params: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     if params["proxy"]:
         asked["addresses"] = addresses
         asked["drained"] = lambda: parsed(run(["evenkeel-drain", "list", "--json"], timeout))
+        asked["page"] = lambda: parsed(run(["evenkeel-page", "status", "--json"], timeout))
     return asked
 
 

@@ -62,7 +62,8 @@ class Proxy:
 def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Proxy:
     (tmp_path / "run").mkdir()
     (tmp_path / "nginx.conf").write_text(CONFIGURATION)
-    for name, path in (("CONFIGURATION", "nginx.conf"), ("RUNNING", "run/nginx.conf"), ("DRAINED", "drained"), ("LOCK", "lock")):
+    paths = {"CONFIGURATION": "nginx.conf", "RUNNING": "run/nginx.conf", "DRAINED": "drained", "PAGE": "page.json", "LOCK": "lock"}
+    for name, path in paths.items():
         monkeypatch.setattr(drain, name, tmp_path / path)
     proxy = Proxy(tmp_path)
     monkeypatch.setattr(drain.subprocess, "run", proxy.run)
@@ -213,3 +214,76 @@ def test_playbooks_leave_out_a_proxy_that_is_down_and_fail_for_all_else() -> Non
     assert told["problems"] == ["proxy-3: web-1 stays: it is the last", "proxy-4: [Errno 2] No such file"]
     assert [note.split(":")[0].split(" ")[0] for note in told["notes"]] == ["proxy-1", "proxy-2", "proxy-5"]
     assert processes.drain_result(results[:3], [0, 3])["problems"] == []
+
+
+# --- the maintenance page ---------------------------------------------------------------------------------------------
+
+PAGE_LINE = "    map $from_own_host$is_operator $is_kept_out { default 0; 00 0; }  # evenkeel-page"
+
+
+@pytest.fixture
+def page(proxy: Proxy, tmp_path: Path) -> Proxy:
+    (tmp_path / "nginx.conf").write_text(f"{PAGE_LINE}\n{CONFIGURATION}")
+    assert drain.main(["render"]) == 0
+    proxy.ran.clear()
+    return proxy
+
+
+def switch(*words: str) -> int:
+    code: int = drain.main(list(words), "evenkeel-page")
+    return code
+
+
+def runs_with(proxy: Proxy) -> str:
+    """What nginx does with users: 1 keeps them out."""
+    return (proxy.folder / "run/nginx.conf").read_text().splitlines()[0].split(" 00 ")[1][0]
+
+
+def test_the_page_is_switched_for_nginx_and_remembered_with_who_and_why(page: Proxy, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runs_with(page) == "0"
+    assert switch("on", "--reason", "new hall", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"changed": True, "message": "users get the maintenance page: new hall"}
+    assert runs_with(page) == "1"
+    assert (page.folder / "run/nginx.conf").read_text().replace("00 1", "00 0") == (page.folder / "nginx.conf").read_text()
+    switch("status", "--json")
+    assert json.loads(capsys.readouterr().out)["reason"] == "new hall"
+    assert switch("off") == 0
+    assert runs_with(page) == "0"
+    switch("status")
+    assert capsys.readouterr().out.endswith("users get the platform again\nthe page is off\n")
+
+
+def test_switched_twice_changes_nothing_and_a_converge_leaves_it(page: Proxy, capsys: pytest.CaptureFixture[str]) -> None:
+    switch("on", "--reason", "new hall")
+    page.ran.clear()
+    assert switch("on", "--reason", "other", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["changed"] is False
+    assert page.ran == []
+    (page.folder / "nginx.conf").write_text((page.folder / "nginx.conf").read_text() + "# changed\n")
+    assert drain.main(["render"]) == 0
+    assert runs_with(page) == "1"
+    assert out("web-1") == 0
+    assert runs_with(page) == "1", "draining leaves it, too"
+
+
+def test_a_page_that_nginx_did_not_take_is_not_remembered(page: Proxy, capsys: pytest.CaptureFixture[str]) -> None:
+    page.refuses = True
+    assert switch("on", "--reason", "x") == 1
+    assert "evenkeel-page: nginx goes on as it was" in capsys.readouterr().err
+    assert drain.read_page() == {}
+    page.refuses = False
+    switch("on", "--reason", "x")
+    page.refuses = True
+    assert switch("off") == 1
+    assert drain.read_page()["reason"] == "x"
+
+
+def test_a_record_that_cannot_be_read_keeps_the_page_on(page: Proxy) -> None:
+    (page.folder / "page.json").write_text("")
+    assert drain.main(["render"]) == 0
+    assert runs_with(page) == "1"
+
+
+def test_a_proxy_without_the_page_says_what_to_do(proxy: Proxy, capsys: pytest.CaptureFixture[str]) -> None:
+    assert switch("on", "--reason", "x") == 1
+    assert "knows no maintenance page; apply the role proxy to this host" in capsys.readouterr().err

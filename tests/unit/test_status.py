@@ -69,7 +69,7 @@ def platform() -> dict[str, Any]:
     for name in CARRIERS:
         answers[name]["state"]["release"] = "1.0-abc"
     for name in GROUPS["proxy"]:
-        answers[name]["state"] |= {"addresses": [ADDRESSES[name]], "drained": []}
+        answers[name]["state"] |= {"addresses": [ADDRESSES[name]], "drained": [], "page": {}}
     answers["proxy-1"]["state"]["addresses"].append(DOOR)
     return answers
 
@@ -199,6 +199,21 @@ def test_drained_hosts_are_shown_and_a_proxy_that_missed_it_is_named() -> None:
     answers["proxy-2"]["state"]["drained"] = []
     problems, _ = report(answers)
     assert problems[0].startswith("web-1 is drained at proxy-1, but not at proxy-2; next: on all of them evenkeel-drain in web-1")
+
+
+def test_a_maintenance_page_that_is_on_is_the_first_line_and_a_proxy_that_missed_it_is_named() -> None:
+    answers = platform()
+    for name in GROUPS["proxy"]:
+        answers[name]["state"]["page"] = {"reason": "new hall", "by": "anna", "since": "2026-11-22T03:30:04Z"}
+    (problem,), text = report(answers)
+    assert text.startswith("MAINTENANCE PAGE IS ON: new hall (anna, 2026-11-22T03:30:04Z)")
+    assert problem.endswith("next: when the work is done: playbooks/maintenance.yml -e page=off")
+    answers["proxy-2"]["state"]["page"] = {}
+    (problem,), _ = report(answers)
+    assert problem.startswith("users get the maintenance page at proxy-1, but not at proxy-2")
+    answers["proxy-1"]["state"]["page"] = {"error": "no answer"}
+    (problem,), _ = report(answers)
+    assert problem.startswith("whether proxy-1 shows the maintenance page is unknown: no answer")
 
 
 def test_everything_else_that_is_not_well_is_a_problem() -> None:

@@ -116,6 +116,7 @@ def test_evenkeel_drain_finds_every_server_of_the_rendered_configuration(rendere
         assert len(servers) == sum(1 for line in text.splitlines() if line.strip().startswith("server ") and ";" in line)
         assert drain.render(text, []) == text, "nothing but `down` is ever added"
         assert drain.render(text, hosts).count(" down;") == len(hosts)
+        assert drain.render(text, [], True).count("{ default 0; 00 1; }  # evenkeel-page") == 1, "and the switch of the maintenance page"
 
 
 def test_keepalived_knows_its_peers_and_holds_the_address_of_the_platform(rendered: dict[str, dict[str, str]]) -> None:

@@ -92,7 +92,8 @@ def test_health_rows_of_a_host_and_of_what_it_waits_for_elsewhere() -> None:
     timers = {name: row.pop("timers") for name, row in here.items() if row["kind"] == "timer"}
     assert set(here) - set(timers) == set(topo["services"])
     assert timers == {
-        f"pg-maintenance-{cluster}": [f"pg-maintenance-{action}@{cluster}.timer" for action in ("vacuum", "reindex")] for cluster in t.CLUSTERS
+        f"pg-maintenance-{cluster}": [f"pg-maintenance-{action}@{cluster}.timer" for action in ("vacuum", "reindex")]
+        for cluster in t.CLUSTERS
     }
     assert not any(row.get("remote") for row in here.values())
     assert here["postgresql-core"]["command"][-4:] == ["-U", "shop", "-d", "shop"]

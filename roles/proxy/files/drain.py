@@ -1,9 +1,10 @@
 #!/usr/bin/python3 -IS
-"""Takes hosts out of this proxy, gracefully, and puts them back.
+"""Takes hosts out of this proxy, gracefully, and puts them back (``evenkeel-drain``); shows users a maintenance page (``evenkeel-page``).
 
 A drained host gets no new requests; those that it has are finished. Which hosts are drained, since when, by whom and why is kept in
-``/var/lib/evenkeel/drained/<host>.json``: over reloads, reboots and converges. What nginx runs is ``/etc/nginx/nginx.conf`` with ``down``
-at the servers of these hosts; nginx.service renders it (``evenkeel-drain render``) before every start and reload.
+``/var/lib/evenkeel/drained/<host>.json``, that the page is on in ``/var/lib/evenkeel/page.json``: over reloads, reboots and converges.
+What nginx runs is ``/etc/nginx/nginx.conf`` with ``down`` at the servers of these hosts, and the page switched; nginx.service renders it
+(``evenkeel-drain render``) before every start and reload.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 CONFIGURATION = Path("/etc/nginx/nginx.conf")
 RUNNING = Path("/run/evenkeel-proxy/nginx.conf")
 DRAINED = Path("/var/lib/evenkeel/drained")
+PAGE = Path("/var/lib/evenkeel/page.json")
 LOCK = Path("/run/lock/evenkeel-drain")
 OPERATOR = "operator"
 
@@ -33,6 +35,7 @@ DONE, FAILED, USAGE, LAST = 0, 1, 2, 3
 
 UPSTREAM = re.compile(r"^\s*upstream\s+(\S+)\s*\{")
 SERVER = re.compile(r"^(\s*server\s+(\S+)[^;]*?)( down)?;\s+# (\S+)$")
+SWITCH = re.compile(r"^(\s*map .*) [01](; \}\s+# evenkeel-page)$")
 
 
 class DrainError(Exception):
@@ -75,12 +78,13 @@ def servers_of(configuration: str) -> list[Server]:
     return servers
 
 
-def render(configuration: str, drained: Collection[str]) -> str:
-    """The configuration with `down` at exactly the servers of the drained hosts."""
+def render(configuration: str, drained: Collection[str], page: bool = False) -> str:
+    """The configuration with `down` at exactly the servers of the drained hosts, and the maintenance page on or off."""
 
     def marked(line: str) -> str:
-        found = SERVER.match(line)
-        return f"{found[1]}{' down' if found[4] in drained else ''};  # {found[4]}" if found else line
+        if found := SERVER.match(line):
+            return f"{found[1]}{' down' if found[4] in drained else ''};  # {found[4]}"
+        return SWITCH.sub(rf"\g<1> {int(page)}\2", line)
 
     return "".join(f"{marked(line)}\n" for line in configuration.splitlines())
 
@@ -106,6 +110,24 @@ def read_drained() -> dict[str, dict[str, Any]]:
         unknown = {"owner": OPERATOR, "reason": "not recorded", "by": "unknown", "since": ""}
         found[path.stem] = {**unknown, **known, "host": path.stem}
     return found
+
+
+def read_page() -> dict[str, Any]:
+    """{reason, by, since} while the page is on, empty while it is off. A file that cannot be read still keeps it on."""
+    if not PAGE.exists():
+        return {}
+    entry: Any = {}
+    with contextlib.suppress(OSError, ValueError):
+        entry = json.loads(PAGE.read_text(encoding="utf-8"))
+    return {"reason": "not recorded", "by": "unknown", "since": "", **(entry if isinstance(entry, dict) else {})}
+
+
+def write_page(entry: Mapping[str, Any]) -> None:
+    """Record that the page is on, and why; an empty entry, that it is off."""
+    if entry:
+        replace_file(PAGE, json.dumps(entry, ensure_ascii=False) + "\n")
+    else:
+        PAGE.unlink(missing_ok=True)
 
 
 def write_drained(entry: Mapping[str, Any]) -> None:
@@ -148,10 +170,15 @@ def configuration() -> str:
         raise DrainError(f"{CONFIGURATION} does not exist; apply the role proxy to this host") from None
 
 
+def wanted() -> str:
+    """What nginx shall run now."""
+    return render(configuration(), read_drained(), bool(read_page()))
+
+
 def run_render() -> None:
     """Write what nginx runs, once nginx has checked it. Called by nginx.service."""
     candidate = RUNNING.with_name(f".{RUNNING.name}.{os.getpid()}")
-    candidate.write_text(render(configuration(), read_drained()), encoding="utf-8")
+    candidate.write_text(wanted(), encoding="utf-8")
     try:
         tested = subprocess.run(["nginx", "-t", "-q", "-c", str(candidate)], capture_output=True, text=True, timeout=60, check=False)
         if tested.returncode:
@@ -167,7 +194,7 @@ def apply() -> None:
         running = RUNNING.read_text(encoding="utf-8")
     except FileNotFoundError:
         return
-    if running == render(configuration(), read_drained()):
+    if running == wanted():
         return
     reloaded = subprocess.run(["systemctl", "reload", "nginx.service"], capture_output=True, text=True, timeout=90, check=False)
     if reloaded.returncode:
@@ -194,6 +221,11 @@ def locked() -> Iterator[None]:
         yield
 
 
+def now() -> str:
+    """This moment, as it is recorded."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def unknown_host(host: str, servers: Sequence[Server]) -> DrainError:
     """A name that no route knows."""
     known = ", ".join(sorted({server.host for server in servers})) or "none"
@@ -217,8 +249,7 @@ def take_out(host: str, owner: str, reason: str, wait_seconds: float, force: boo
                     "Put another one back first (evenkeel-drain list), or add --force",
                     LAST,
                 )
-            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            write_drained({"host": host, "owner": owner, "reason": reason, "by": person(), "since": since})
+            write_drained({"host": host, "owner": owner, "reason": reason, "by": person(), "since": now()})
         try:
             apply()
         except DrainError:
@@ -259,8 +290,31 @@ def listing() -> list[dict[str, Any]]:
     return [{**entry, "known": host in known} for host, entry in read_drained().items()]
 
 
+def switch_page(on: bool, reason: str) -> Result:
+    """Give users the maintenance page, or the platform again. Who passes is said in the configuration."""
+    if not any(SWITCH.match(line) for line in configuration().splitlines()):
+        raise DrainError(f"{CONFIGURATION} knows no maintenance page; apply the role proxy to this host")
+    with locked():
+        before = read_page()
+        if bool(before) != on:
+            write_page({"reason": reason, "by": person(), "since": now()} if on else {})
+        try:
+            apply()
+        except DrainError:
+            write_page(before)
+            raise
+    if bool(before) == on:
+        return Result(False, f"the page is on already: {told_page(before)}" if on else "the page is off already")
+    return Result(True, f"users get the maintenance page: {reason}" if on else "users get the platform again")
+
+
+def told_page(entry: Mapping[str, Any]) -> str:
+    """Why it is on, for people."""
+    return f"{entry['reason']} ({entry['by']}, {entry['since']})"
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line of evenkeel-drain."""
     result = argparse.ArgumentParser(prog="evenkeel-drain", description="Take hosts out of this proxy and put them back.")
     verbs = result.add_subparsers(dest="verb", required=True, metavar="out | in | list | render")
     out = verbs.add_parser("out", help="give a host no new requests; exit code 3 when it is the last one of a route")
@@ -278,8 +332,31 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def page_parser() -> argparse.ArgumentParser:
+    """The command line of evenkeel-page."""
+    result = argparse.ArgumentParser(prog="evenkeel-page", description="Show users of this proxy a maintenance page, or the platform.")
+    verbs = result.add_subparsers(dest="verb", required=True, metavar="on | off | status")
+    on = verbs.add_parser("on", help="users get the page; the platform's own hosts and the operator's browser pass")
+    on.add_argument("--reason", required=True, help="shown to whoever finds the page on")
+    off = verbs.add_parser("off", help="users get the platform again")
+    for verb in (on, off, verbs.add_parser("status", help="show whether it is on")):
+        verb.add_argument("--json", action="store_true", help="for programs")
+    return result
+
+
+def show_page(options: argparse.Namespace) -> None:
+    """Run a verb of evenkeel-page."""
+    if options.verb == "status":
+        entry = read_page()
+        told = f"the page is on: {told_page(entry)}" if entry else "the page is off"
+        print(json.dumps(entry, ensure_ascii=False) if options.json else told)
+        return
+    done = switch_page(options.verb == "on", getattr(options, "reason", ""))
+    print(json.dumps({"changed": done.changed, "message": done.message}, ensure_ascii=False) if options.json else done.message)
+
+
 def show(options: argparse.Namespace) -> None:
-    """Run the verb."""
+    """Run a verb of evenkeel-drain."""
     if options.verb == "render":
         run_render()
         return
@@ -300,21 +377,25 @@ def show(options: argparse.Namespace) -> None:
     print(json.dumps(answer, ensure_ascii=False) if options.json else done.message)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], program: str = "evenkeel-drain") -> int:
     """The exit code: 0 done, 1 failed, 2 a wrong name, 3 refused because it is the last server."""
-    options = parser().parse_args(argv)
+    about_page = program == "evenkeel-page"
+    options = (page_parser() if about_page else parser()).parse_args(argv)
     try:
-        show(options)
+        if about_page:
+            show_page(options)
+        else:
+            show(options)
     except DrainError as error:
         if getattr(options, "json", False):
             print(json.dumps({"changed": False, "message": str(error), "in_flight": 0}, ensure_ascii=False))
-        print(f"evenkeel-drain: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return error.code
     except PermissionError as error:
-        print(f"evenkeel-drain: {error.filename}: permission denied; run it as root", file=sys.stderr)
+        print(f"{program}: {error.filename}: permission denied; run it as root", file=sys.stderr)
         return FAILED
     return DONE
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], Path(sys.argv[0]).name))
