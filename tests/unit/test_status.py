@@ -27,6 +27,7 @@ GROUPS = {
     "etcd": ["redis-1", "redis-2", "ops-1"],
     "redis": ["redis-1", "redis-2", "ops-1"],
     "object_storage": ["ops-1"],
+    "backup": ["ops-1"],
     "web": ["web-1", "web-2"],
     "worker": ["worker-1", "worker-2"],
     "proxy": ["proxy-1", "proxy-2"],
