@@ -151,16 +151,22 @@ def test_killed_at_any_step_it_writes_every_line_once(
 ) -> None:
     """The whole way, rotations included, is cut at its first step, then at its second, and so on until it ends by itself."""
     settings["backups"] = 9
-    journal = [entry(f"{number:09}", WORKER if number % 3 == 0 else WEB) for number in range(120)]
-    wanted = {name: [line["MESSAGE"].decode() for line in journal if line["_SYSTEMD_UNIT"] == unit.encode()]
-              for name, unit in (("web", WEB), ("worker", WORKER))}  # fmt: skip
+    journal: list[Entry] = []
+    wanted: dict[str, list[str]] = {"web": [], "worker": []}
+    for number in range(120):
+        process, unit = ("worker", WORKER) if number % 3 == 0 else ("web", WEB)
+        text = f"{number:09}"
+        if number % 4 == 0:  # the journal has cut this one
+            journal.append(entry(text[:4], unit, _LINE_BREAK="line-max"))
+        journal.append(entry(text[4:] if number % 4 == 0 else text, unit))
+        wanted[process].append(text)
     ends = 0
     for step in range(1, 400):
         for path in [*(tmp_path / "log").iterdir(), *(tmp_path / "state").iterdir()]:
             path.unlink()
         cut_at(step)
         try:
-            for stop in (50, 90, 120):
+            for stop in (61, 90, len(journal)):
                 feed(begin(), journal[:stop])
         except PowerCut:
             pass
