@@ -173,6 +173,16 @@ CHECK = Record(
     }
 )
 
+PRUNE = Record(
+    {
+        "name": Field(Text(r"[a-z][a-z0-9-]*", "small letters, digits and dashes, beginning with a letter"), required=True),
+        "hosts": Field(Text(), required=True),
+        "command": Field(COMMAND, required=True),
+        "dry_run": Field(Items(Scalar(), least=1), required=True),
+        "once": Field(Flag(), default=lambda: False),
+    }
+)
+
 APP = Record(
     {
         # A Debian user name, a directory and the prefix of unit names at once.
@@ -186,6 +196,7 @@ APP = Record(
         "bootstrap": Field(Table(Items(STEP)), default=dict),
         "migrations": Field(Record({"django": Field(WORDS, default=list), "settings": Field(Text())}), default=lambda: {"django": []}),
         "checks": Field(Items(CHECK), default=list),
+        "prune": Field(Items(PRUNE), default=list),
     }
 )
 
@@ -522,6 +533,19 @@ def _bootstrap(app: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return result
 
 
+def _prune(app: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """The commands that remove what the application does not need any more, each with the hosts where it runs."""
+    names = [entry["name"] for entry in app["prune"]]
+    for name in names:
+        if names.count(name) > 1:
+            raise ContractError(f"app.prune.{name}: two entries have this name")
+    found = []
+    for entry in app["prune"]:
+        members = _members(entry["hosts"], groups, f"app.prune.{entry['name']}.hosts")
+        found.append({**entry, "members": members[:1] if entry["once"] else members})
+    return found
+
+
 def _check_starts(bootstrap: Mapping[str, Sequence[Mapping[str, Any]]], processes: Mapping[str, Mapping[str, Any]]) -> None:
     """Every name in `start:` is a task on the same hosts, and no task starts itself, not even by way of others."""
     starts: dict[str, list[str]] = {}
@@ -598,6 +622,7 @@ def app_contract(app: Any, groups: Mapping[str, Sequence[str]], services: Iterab
         },
         "databases": {cluster: {"name": database["name"], "owner": name} for cluster, database in contract["databases"].items()},
         "processes": processes,
+        "prune": _prune(contract, groups),
         "bootstrap": _bootstrap(contract),
     }
 

@@ -297,6 +297,19 @@ def contract_credentials(contract: Mapping[str, Any]) -> dict[str, str]:
     return {name: contract["secrets"][name] for name in sorted(names)}
 
 
+def contract_prune(contract: Mapping[str, Any], host: str) -> list[dict[str, Any]]:
+    """What the module `prune` runs on this host as the application: [{name, command, dry_run}]."""
+    return [
+        {
+            "name": entry["name"],
+            "command": [contract["paths"]["command"], *entry["command"]],
+            "dry_run": [contract["paths"]["command"], *entry["command"], *entry["dry_run"]],
+        }
+        for entry in contract["prune"]
+        if host in entry["members"]
+    ]
+
+
 def contract_routes(contract: Mapping[str, Any], addresses: Mapping[str, str]) -> list[dict[str, Any]]:
     """Entries of `proxy_routes`: each web process with its path and the servers that answer."""
     return [
@@ -358,6 +371,7 @@ class FilterModule:
             process_units,
             contract_health_services,
             contract_credentials,
+            contract_prune,
             contract_routes,
             has_understudy,
             drain_result,

@@ -271,12 +271,20 @@ def unpack(archive: Path, digest: str, releases: Path) -> tuple[Path, bool]:
     return target, True
 
 
+def superfluous(releases: Path, keep: int, protected: set[str]) -> list[Path]:
+    """What `prune` removes: leftovers of interrupted runs, and all but the newest `keep` releases; never a protected one, or the one that
+    runs (which a link beside the folder leads to)."""
+    if not releases.is_dir():
+        return []
+    running = {link.resolve().name for link in releases.parent.iterdir() if link.is_symlink()}
+    folders = sorted((p for p in releases.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.stat().st_mtime)
+    old = [folder for folder in folders[::-1][keep:] if folder.name not in protected | running]
+    return [*sorted(releases.glob(".partial-*")), *old]
+
+
 def prune(releases: Path, keep: int, protected: set[str]) -> list[str]:
-    """Remove all but the newest `keep` releases; never a protected one. Returns what was removed."""
-    for leftover in releases.glob(".partial-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    folders = sorted((p for p in releases.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
-    removed = [folder for folder in folders[keep:] if folder.name not in protected]
-    for folder in removed:
+    """Remove what is superfluous. Returns the releases that were removed."""
+    gone = superfluous(releases, keep, protected)
+    for folder in gone:
         shutil.rmtree(folder)
-    return [folder.name for folder in removed]
+    return [folder.name for folder in gone if not folder.name.startswith(".")]

@@ -1,6 +1,8 @@
 """The job table: accepted with its cause, claimed once, finished behind its fence."""
 
+import io
 import math
+import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -8,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from billiard.exceptions import SoftTimeLimitExceeded
+from django.core.management import call_command
 from django.db import IntegrityError, OperationalError, connections, transaction
 from django.db.models import Sum
 
@@ -443,6 +446,25 @@ def test_q4_the_last_jobs_of_each_queue_are_kept(kind: Kind, settings_kept: int)
     assert [day for state, day in left if state != "done"] == [3, 3]
     assert len(left) == 2 * settings_kept
     assert now(waiting).state == "queued"
+
+
+@pytest.mark.usefixtures("settings_kept")
+def test_q4_what_would_be_removed_is_told_first_and_then_exactly_that_is_removed(kind: Kind) -> None:
+    for _ in range(5):
+        jobs().filter(uuid=accept(kind).uuid).update(state="done", finished="2026-01-01T00:00Z")
+
+    def said(*arguments: str) -> str:
+        output = io.StringIO()
+        call_command("prune_jobs", *arguments, stdout=output)
+        return output.getvalue().splitlines()[-1]
+
+    before = jobs().count()
+    told = re.fullmatch(r"changed jobs: would remove (\d+) finished jobs", said("--dry-run"))
+    assert told
+    assert jobs().count() == before, "a dry run removes nothing"
+    assert said() == f"changed jobs: removed {told[1]} finished jobs"
+    assert jobs().filter(kind=kind.name).count() == 2
+    assert said() == "unchanged jobs: no more than are kept"
 
 
 @pytest.fixture

@@ -256,8 +256,11 @@ def _bury(database: str, job: Job) -> None:
     fail(kind, job, reason, Job.State.DEAD)
 
 
-def prune(database: str) -> int:
-    """Remove finished jobs, but for the last of each queue (done, and not done); return how many were removed."""
+def prune(database: str, *, dry_run: bool = False) -> int:
+    """Remove finished jobs, but for the last of each queue (done, and not done); return how many were removed.
+
+    At most some thousands at a time, so that no transaction is long. With `dry_run` nothing is removed and all are counted.
+    """
     kept = getattr(settings, "JOBS_KEPT_FOR_EACH_QUEUE", 200)
     ranked = (
         Job.objects.using(database)
@@ -270,6 +273,8 @@ def prune(database: str) -> int:
             )
         )
     )
+    if dry_run:
+        return ranked.filter(rank__gt=kept).count()
     old = list(ranked.filter(rank__gt=kept).values_list("uuid", flat=True)[: 50 * BATCH])
     return Job.objects.using(database).filter(uuid__in=old, state__in=OVER).delete()[0] if old else 0
 
