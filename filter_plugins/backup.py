@@ -26,14 +26,6 @@ def backup_members(clusters: Clusters) -> dict[str, dict[str, list[str]]]:
     return {name: {"members": members_of(place)} for name, place in clusters.items()}
 
 
-def backup_timers(clusters: Sequence[str]) -> dict[str, list[str]]:
-    """The timers of the repository host by what they do; their services' last runs are what its health is judged by."""
-    return {
-        **{f"backup-{cluster}": [f"backup-{kind}@{cluster}.timer" for kind in TYPES] for cluster in clusters},
-        **{f"restore-drill-{cluster}": [f"restore-drill@{cluster}.timer"] for cluster in clusters},
-    }
-
-
 def _task(name: str, instances: Sequence[str], task: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The units of something that a timer starts, for each instance (cluster) or, without one, once."""
     at = "@" if instances else ""

@@ -40,8 +40,13 @@ def check_failures(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return failures
 
 
+def command_words(result: Mapping[str, Any]) -> list[str]:
+    """What a command printed, complaints last, as lines."""
+    return [line for stream in ("stdout", "stderr") for line in str(result.get(stream) or "").splitlines() if line.strip()]
+
+
 class FilterModule:
     """Filters that make text for people."""
 
     def filters(self) -> dict[str, Any]:
-        return {"migration_plan_text": migration_plan_text, "check_failures": check_failures}
+        return {"migration_plan_text": migration_plan_text, "check_failures": check_failures, "command_words": command_words}

@@ -234,6 +234,8 @@ def platform_health_services(
         if name == "object-storage":
             url = f"https://{address}:{port}/"  # unsigned, so it is refused
             return {"unit": "object-storage.service", "kind": "http", "url": url, "ca": ca, "status": 400, "protocol": "https (S3)"}
+        if name in ("backup-repository", "backup-agent"):  # asking pgBackRest would cost more than all other checks together
+            return {"unit": f"{name}.service", "kind": "unit", "protocol": "pgBackRest, TLS"}
         if name == "proxy":
             return {"unit": "nginx.service", "kind": "http", "url": f"https://{address}:{port}/nginx-health", "ca": ca, "protocol": "https"}
         if name == "keepalived":  # wherever the address is, it answers from here
@@ -263,6 +265,11 @@ def platform_health_services(
             "port": topo["redis"]["sentinel_port"],
         },
         "object-storage": topo["object_storage"],
+        "backup-repository": topo["backup"],
+        "backup-agent": {
+            "members": [{"name": name} for name in database_hosts(topo)],
+            "port": topo["ports"]["backup-agent"],
+        },
         "proxy": topo["proxy"],
         "keepalived": {**topo["proxy"], "members": topo["proxy"]["members"] if virtual_address else []},
     }
@@ -284,11 +291,22 @@ def platform_health_services(
             command = ["curl", "--silent", "--show-error", "--output", "/dev/null", place["url"]]
             asked = {"kind": "command", "command": command, "endpoint": place["url"], "protocol": "https (S3)"}
             services.append({**service, **asked, "remote": True})
-    for cluster in CLUSTERS:
-        if host in [member["name"] for member in topo["postgresql"][cluster]["members"]]:
-            timers = [f"pg-maintenance-{action}@{cluster}.timer" for action in ("vacuum", "reindex")]
-            services.append({"name": f"pg-maintenance-{cluster}", "owner": "platform", "kind": "timer", "timers": timers})
+    for name, timers in clock_timers(topo, host).items():
+        services.append({"name": name, "owner": "platform", "kind": "timer", "timers": timers})
     return services
+
+
+def clock_timers(topo: Mapping[str, Any], host: str) -> dict[str, list[str]]:
+    """What the clock starts on a host for the databases, by the name under which its health is told."""
+    timers: dict[str, list[str]] = {}
+    for cluster, place in topo["postgresql"].items():
+        if host in [member["name"] for member in topo["backup"]["members"]]:
+            timers[f"backup-{cluster}"] = [f"backup-{kind}@{cluster}.timer" for kind in ("full", "diff", "incr")]
+            timers[f"restore-drill-{cluster}"] = [f"restore-drill@{cluster}.timer"]
+        if host in [member["name"] for member in place["members"]]:
+            timers[f"archive-{cluster}"] = [f"archive-watch@{cluster}.timer"]
+            timers[f"pg-maintenance-{cluster}"] = [f"pg-maintenance-{action}@{cluster}.timer" for action in ("vacuum", "reindex")]
+    return timers
 
 
 def empty_secrets(secrets: Mapping[str, Any]) -> list[str]:

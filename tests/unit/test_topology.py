@@ -89,12 +89,7 @@ def test_empty_secrets() -> None:
 def test_health_rows_of_a_host_and_of_what_it_waits_for_elsewhere() -> None:
     topo = t.topology(groups(worker=["b"]), ADDRESSES)
     here = {row["name"]: row for row in t.platform_health_services(topo, "a", APP, "/pki")}
-    timers = {name: row.pop("timers") for name, row in here.items() if row["kind"] == "timer"}
-    assert set(here) - set(timers) == set(topo["services"])
-    assert timers == {
-        f"pg-maintenance-{cluster}": [f"pg-maintenance-{action}@{cluster}.timer" for action in ("vacuum", "reindex")]
-        for cluster in t.CLUSTERS
-    }
+    assert {name for name, row in here.items() if row["kind"] != "timer"} == {*topo["services"], "backup-repository", "backup-agent"}
     assert not any(row.get("remote") for row in here.values())
     assert here["postgresql-core"]["command"][-4:] == ["-U", "shop", "-d", "shop"]
     assert "-e" in here["redis"]["command"], "without -e redis-cli calls a refused PING a success"
@@ -108,6 +103,24 @@ def test_nothing_of_the_platform_is_restarted_for_its_health_a_database_least_of
     rows = t.platform_health_services(t.topology(groups(), ADDRESSES), "a", APP, "/pki", "10.0.0.9")
     assert not [row["name"] for row in rows if "restart" in row]
     assert all(row["protocol"] for row in rows if row["kind"] != "timer")
+
+
+def test_what_the_clock_starts_is_watched_where_it_runs() -> None:
+    topo = t.topology(groups(backup=["b"]), ADDRESSES)
+    rows = {host: t.platform_health_services(topo, host, APP, "/pki") for host in "ab"}
+    timers = {host: {row["name"]: row["timers"] for row in rows[host] if row["kind"] == "timer"} for host in "ab"}
+    assert timers["a"] == {
+        **{f"archive-{cluster}": [f"archive-watch@{cluster}.timer"] for cluster in t.CLUSTERS},
+        **{f"pg-maintenance-{c}": [f"pg-maintenance-{action}@{c}.timer" for action in ("vacuum", "reindex")] for c in t.CLUSTERS},
+    }
+    assert timers["b"] == {
+        **{f"backup-{cluster}": [f"backup-{kind}@{cluster}.timer" for kind in ("full", "diff", "incr")] for cluster in t.CLUSTERS},
+        **{f"restore-drill-{cluster}": [f"restore-drill@{cluster}.timer"] for cluster in t.CLUSTERS},
+    }
+
+
+def test_a_second_repository_host_is_refused() -> None:
+    assert "leave one" in t.problem_of(t.topology)(groups(backup=["a", "b"]), ADDRESSES)
 
 
 def test_any_member_may_answer_for_a_service_elsewhere_but_only_the_one_that_takes_writes() -> None:

@@ -735,6 +735,15 @@ def become(user: str) -> None:
     os.environ["HOME"] = entry.pw_dir
 
 
+def through_unit(unit: str) -> int:
+    """Have systemd run it, as the timer does: in its walls, with its bounds, and with its failure told. Show what it said."""
+    done = subprocess.run(["systemctl", "start", unit], capture_output=True, text=True, check=False)
+    run = subprocess.run(["systemctl", "show", "--property=InvocationID", "--value", unit], capture_output=True, text=True, check=False)
+    journal = ["journalctl", "--no-pager", "--quiet", "--output=cat", f"_SYSTEMD_INVOCATION_ID={run.stdout.strip()}"]
+    print(subprocess.run(journal, capture_output=True, text=True, check=False).stdout, end="", flush=True)
+    return done.returncode
+
+
 def arguments(clusters: Sequence[str]) -> argparse.ArgumentParser:
     """What may be typed."""
     parser = argparse.ArgumentParser(prog="evenkeel-backup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -804,6 +813,9 @@ def main() -> NoReturn:
     """Run the program."""
     suite = Suite(json.loads(SETTINGS.read_text(encoding="utf-8")))
     options = arguments(list(suite.clusters)).parse_args()
+    if os.geteuid() == 0 and options.command in ("now", "drill"):
+        name = f"backup-{options.type}" if options.command == "now" else "restore-drill"
+        sys.exit(through_unit(f"{name}@{options.cluster}.service"))
     become("pgbackrest")
     try:
         work(suite, options)
