@@ -47,6 +47,10 @@ REPLAY_SETTINGS = {
     "max_prepared_transactions": "max_prepared_xacts setting",
     "max_locks_per_transaction": "max_locks_per_xact setting",
 }
+LAST_COMMIT = """
+SELECT CASE WHEN current_setting('track_commit_timestamp') = 'off' THEN 'unknown'
+  ELSE coalesce((pg_last_committed_xact()).timestamp::text, 'unknown') END
+"""
 COUNT_ROWS = """
 SELECT format('%I.%I', schemaname, tablename), (xpath('/row/c/text()',
   query_to_xml(format('SELECT count(*) AS c FROM ONLY %I.%I', schemaname, tablename), false, true, '')))[1]::text
@@ -503,7 +507,7 @@ class Suite:
         with self.alone(cluster, "scratch"):
             copy.remove()
             copy.make(plan["number"], plan["backup"], plan["size"], target)
-            reached = copy.ask("SELECT coalesce((pg_last_committed_xact()).timestamp::text, 'unknown')")
+            reached = copy.ask(LAST_COMMIT)
         print(
             f"A copy of {cluster} at {target.text or 'its newest state'} runs beside: backup {plan['backup']} of repository "
             f"{plan['repository']}, last commit {reached}.\n"

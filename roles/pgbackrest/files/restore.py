@@ -13,6 +13,7 @@ Every step may be asked for again: what was done is in the note, and is not done
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -32,10 +33,11 @@ ARCHIVE_SECONDS = 60
 START_SECONDS = 24 * 3600
 RECOVERY_SETTINGS = ("restore_command", "recovery_target", "recovery_target_time", "recovery_target_name", "recovery_target_action",
                      "recovery_target_timeline", "recovery_target_inclusive")  # fmt: skip
-LOOK = """
-SELECT system_identifier, pg_is_in_recovery()::int,
-  CASE WHEN pg_is_in_recovery() THEN '' ELSE coalesce((pg_last_committed_xact()).timestamp::text, '') END FROM pg_control_system()
+LAST_COMMIT = """
+CASE WHEN pg_is_in_recovery() OR current_setting('track_commit_timestamp') = 'off' THEN ''
+  ELSE coalesce((pg_last_committed_xact()).timestamp::text, '') END
 """
+LOOK = f"SELECT system_identifier, pg_is_in_recovery()::int, {LAST_COMMIT} FROM pg_control_system()"
 # An empty transaction, so that recovery finds a commit after any time until now; then its segment goes to the archive.
 MARK = "SELECT pg_current_xact_id(); SELECT pg_walfile_name(pg_switch_wal())"
 WAITING = "SELECT count(*) FROM pg_ls_archive_statusdir() WHERE name = '{wal}.ready'"
@@ -221,7 +223,7 @@ class Member:
             raise RestoreError(f"the target was not reached: {said[0] if said else error}") from None
         history = max(self.data.glob("pg_wal/*.history"), key=lambda path: path.name).read_text()
         end = [line for line in history.splitlines() if line.strip()][-1]
-        last_commit = self.ask("SELECT coalesce((pg_last_committed_xact()).timestamp::text, '')", str(self.sockets))
+        last_commit = self.ask(f"SELECT {LAST_COMMIT}", str(self.sockets))
         problem = verdict(own, target, end, last_commit)
         for name in RECOVERY_SETTINGS:
             self.ask(f"ALTER SYSTEM RESET {name}", str(self.sockets))
@@ -288,13 +290,18 @@ class Member:
 def main() -> int:
     """Do one step; print what came of it as JSON."""
     step, cluster = sys.argv[1:]
-    member = Member(cluster, json.loads(SETTINGS.read_text(encoding="utf-8")))
+    settings = json.loads(SETTINGS.read_text(encoding="utf-8"))
+    member = Member(cluster, settings)
     try:
         if step == "look":
             print(json.dumps({"cluster": cluster, **member.look()}))
             return 0
-        steps = {"stop": member.stop, "run": member.restore, "free": member.free, "clear": member.clear, "back": member.back}
-        print(json.dumps({"cluster": cluster, **steps[step](json.load(sys.stdin))}))
+        # One after another: the step of a playbook that was interrupted may still be at work. What it wrote down is read then.
+        with (member.data.parent / "restore.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            member = Member(cluster, settings)
+            steps = {"stop": member.stop, "run": member.restore, "free": member.free, "clear": member.clear, "back": member.back}
+            print(json.dumps({"cluster": cluster, **steps[step](json.load(sys.stdin))}))
     except RestoreError as error:
         print(f"cluster {cluster}: {error}", file=sys.stderr)
         return 1
