@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -12,12 +13,20 @@ WAYS = ("time", "name", "latest")
 FINGERPRINT_LENGTH = 16
 
 
-def restore_request_problem(request: Mapping[str, str], topology: Mapping[str, Any]) -> str:
+def restore_request_problem(request: Mapping[str, str], topology: Mapping[str, Any], begun: Mapping[str, Any]) -> str:
     """What is wrong with what a person typed, in one sentence; empty when nothing is.
 
-    request: cluster, time, name, latest, scratch, confirm, abort as typed; empty where nothing was.
+    request: cluster, time, name, latest, scratch, confirm, abort as typed; empty where nothing was. begun: the record of the restore
+    with this fingerprint, empty when there is none.
     """
-    if request["abort"]:
+    known_by = request["confirm"] or request["abort"]
+    if known_by and not re.fullmatch(f"[0-9a-f]{{{FINGERPRINT_LENGTH}}}", known_by):
+        return f"'{known_by}' is no fingerprint of a plan"
+    if "ended" in begun:
+        return f"The restore {known_by} ended at {begun['ended']} ({begun['outcome']}). For another one leave the fingerprint out"
+    if request["abort"] and not begun:
+        return f"No restore {request['abort']} has begun from here"
+    if begun:
         return ""
     known = list(topology["postgresql"])
     clusters = _clusters(request["cluster"])

@@ -36,16 +36,16 @@ def holding(
 
 def test_the_newest_backup_before_the_time_is_chosen() -> None:
     held = holding(backup("one", 1 * HOUR), backup("two", 3 * HOUR), backup("three", 5 * HOUR))
-    chosen = b.choose("core", [held], b.Target("time", "", 4 * HOUR), {})
+    chosen = b.choose("core", [held], b.Target("time", "", 4 * HOUR))
     assert chosen[1].label == "two"
-    assert b.choose("core", [held], b.Target("latest"), {})[1].label == "three"
+    assert b.choose("core", [held], b.Target("latest"))[1].label == "three"
 
 
 @pytest.mark.parametrize("at", [0.5 * HOUR, 10.1 * HOUR], ids=["before the oldest backup", "after the newest WAL"])
 def test_a_time_outside_the_archive_is_refused_with_the_possible_range(at: float) -> None:
     held = holding(backup("one", 1 * HOUR))
     with pytest.raises(b.BackupError, match=r"core cannot be restored to .* from 1970-01-01 01:00:00\+00 to 1970-01-01 10:00:00\+00"):
-        b.choose("core", [held], b.Target("time", "", at), {})
+        b.choose("core", [held], b.Target("time", "", at))
 
 
 def test_a_backup_that_leads_into_an_abandoned_future_is_not_used() -> None:
@@ -53,22 +53,22 @@ def test_a_backup_that_leads_into_an_abandoned_future_is_not_used() -> None:
     before, abandoned, after = backup("before", 1 * HOUR, 1, 100), backup("abandoned", 2 * HOUR, 1, 200), backup("after", 4 * HOUR, 2, 300)
     held = holding(before, abandoned, after, timeline=2, history=((1, 150),))
     assert [each.label for each in held.usable] == ["before", "after"]
-    assert b.choose("core", [held], b.Target("time", "", 3 * HOUR), {})[1].label == "before"
+    assert b.choose("core", [held], b.Target("time", "", 3 * HOUR))[1].label == "before"
     # and just after the restore, when the new timeline's history is archived but none of its WAL
     assert [each.label for each in holding(before, abandoned, timeline=1, history=((1, 150),)).usable] == ["before"]
 
 
 def test_the_second_repository_is_asked_when_the_first_cannot_help() -> None:
     broken = b.Holding("host", 1, problem="it burns")
-    chosen, _ = b.choose("core", [broken, holding(backup("one", 1 * HOUR), name="s3")], b.Target("latest"), {})
+    chosen, _ = b.choose("core", [broken, holding(backup("one", 1 * HOUR), name="s3")], b.Target("latest"))
     assert chosen.repository == "s3"
     with pytest.raises(b.BackupError, match=r"no backup of core to restore from .*it burns"):
-        b.choose("core", [broken], b.Target("latest"), {})
+        b.choose("core", [broken], b.Target("latest"))
 
 
-def test_an_unknown_restore_point_is_looked_for_from_the_oldest_backup_on() -> None:
+def test_a_restore_point_is_looked_for_from_the_oldest_backup_on() -> None:
     held = holding(backup("one", 1 * HOUR), backup("two", 3 * HOUR))
-    assert b.choose("core", [held], b.Target("name", "before"), {})[1].label == "one"
+    assert b.choose("core", [held], b.Target("name", "before"))[1].label == "one"
 
 
 @pytest.mark.parametrize(("text", "words"), [("2026-11-22 03:14:00", "has no zone"), ("yesterday", "is no time")])
@@ -276,11 +276,19 @@ NOTHING = dict.fromkeys(("cluster", "time", "name", "latest", "scratch", "confir
         ({"cluster": "core", "latest": "yes", "scratch": "no"}, "neither yes nor drop"),
         ({"cluster": "core,plugins", "time": "t"}, ""),
         ({"cluster": "core", "scratch": "drop"}, ""),
+        ({"cluster": "core", "latest": "yes", "confirm": "../x"}, "is no fingerprint"),
+        ({"abort": "0123456789abcdef"}, "No restore 0123456789abcdef has begun"),
     ],
 )
 def test_requests_that_cannot_be_meant_are_refused(typed: dict[str, str], words: str) -> None:
-    problem = r.restore_request_problem({**NOTHING, **typed}, TOPOLOGY)
+    problem = r.restore_request_problem({**NOTHING, **typed}, TOPOLOGY, {})
     assert words in problem and bool(words) == bool(problem)
+
+
+def test_a_restore_that_has_begun_needs_its_fingerprint_only_and_one_that_has_ended_is_not_done_again() -> None:
+    typed = {**NOTHING, "abort": "0123456789abcdef"}
+    assert r.restore_request_problem(typed, TOPOLOGY, {"plan": {}}) == ""
+    assert "ended at noon (restored)" in r.restore_request_problem(typed, TOPOLOGY, {"plan": {}, "ended": "noon", "outcome": "restored"})
 
 
 def looks(leader: str = "core-1", **extra: Any) -> dict[str, list[dict[str, Any]]]:

@@ -223,33 +223,28 @@ def restorable(holding: Holding) -> tuple[float, float] | None:
     return (usable[0].stopped, max(holding.archived, usable[-1].stopped)) if usable else None
 
 
-def choose(cluster: str, holdings: Sequence[Holding], target: Target, points: Mapping[str, float]) -> tuple[Holding, Backup]:
+def choose(cluster: str, holdings: Sequence[Holding], target: Target) -> tuple[Holding, Backup]:
     """The backup with which a restore begins: the newest before the target, from the first repository that reaches it.
 
-    points: named restore points of this cluster that are known, and when they were made.
+    When a restore point was made, only the WAL knows: the oldest backup reaches it, if anything does.
     """
     ranges = {holding.repository: restorable(holding) for holding in holdings}
     if not any(ranges.values()):
         problems = "; ".join(f"{holding.repository}: {holding.problem or 'no backup'}" for holding in holdings)
         raise BackupError(f"there is no backup of {cluster} to restore from ({problems})")
-    at = points.get(target.text, 0.0) if target.kind == "name" else target.at
     for holding in holdings:
         span = ranges[holding.repository]
         if span is None:
             continue
-        usable = holding.usable
-        if target.kind == "latest":
-            return holding, usable[-1]
-        if target.kind == "name" and not at:  # made elsewhere: the oldest backup reaches it, if anything does
-            return holding, usable[0]
-        before = [backup for backup in usable if backup.stopped <= at]
-        if before and at <= span[1]:
+        if target.kind != "time":
+            return holding, holding.usable[-1 if target.kind == "latest" else 0]
+        before = [backup for backup in holding.usable if backup.stopped <= target.at]
+        if before and target.at <= span[1]:
             return holding, before[-1]
     told = "; ".join(
         f"repository {name} " + (f"from {shown(span[0])} to {shown(span[1])}" if span else "not at all") for name, span in ranges.items()
     )
-    what = f"the restore point {target.text} ({shown(at)})" if target.kind == "name" else shown(at)
-    raise BackupError(f"{cluster} cannot be restored to {what}. Possible is: {told}")
+    raise BackupError(f"{cluster} cannot be restored to {shown(target.at)}. Possible is: {told}")
 
 
 # --- text for people and for the node exporter -------------------------------------------------------------------------
@@ -483,7 +478,7 @@ class Suite:
         chosen: dict[str, Any] = {}
         for cluster in clusters:
             holdings = self.holdings(cluster)
-            holding, backup = choose(cluster, holdings, target, {})
+            holding, backup = choose(cluster, holdings, target)
             span = restorable(holding)
             assert span is not None
             chosen[cluster] = {
