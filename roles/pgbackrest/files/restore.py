@@ -212,7 +212,7 @@ class Member:
         self.sockets.mkdir(mode=0o700, exist_ok=True)
         shutil.chown(self.sockets, "postgres", "postgres")
         settings = {"listen_addresses": "", "unix_socket_directories": str(self.sockets)}
-        settings |= {"archive_command": "/bin/false", "hot_standby": "off"}
+        settings |= {"port": self.port, "archive_command": "/bin/false", "hot_standby": "off"}
         log = self.sockets / "log"
         log.unlink(missing_ok=True)
         words = " ".join(f"-c {name}='{value}'" for name, value in settings.items())
@@ -235,7 +235,8 @@ class Member:
 
     def end_recovery(self, mode: str) -> None:
         """Stop the PostgreSQL that recovers, if it runs."""
-        if (self.data / "postmaster.pid").exists():
+        file = self.data / "postmaster.pid"
+        if file.exists() and Path(f"/proc/{file.read_text().split()[0]}").exists():
             self.control("-m", mode, "-t", str(STOP_SECONDS), "stop")
 
     def free(self, plan: Mapping[str, Any]) -> dict[str, Any]:
