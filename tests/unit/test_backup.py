@@ -158,7 +158,7 @@ def test_a_table_that_lost_all_its_rows_is_found_and_a_small_or_dropped_one_is_n
 
 @pytest.fixture
 def drill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    settings = {"repositories": {"1": "host", "2": "s3"}, "clusters": {"core": {"members": ["a"]}}, "binaries": "/x", "lost_rows": 100}
+    settings = {"repositories": {"1": "host", "2": "s3"}, "clusters": {"core": {"members": ["a"]}}, "binaries": "/x", "lost_rows": 100, "groups": []}
     suite = b.Suite({**settings, "directory": str(tmp_path)})
     monkeypatch.setattr(b, "METRICS", tmp_path)
     monkeypatch.setattr(b.signal, "signal", lambda *_: None)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import grp
 import json
 import os
 import pwd
@@ -354,6 +355,7 @@ class Suite:
         self.clusters: dict[str, dict[str, Any]] = settings["clusters"]
         self.directory = Path(settings["directory"])
         self.binaries = Path(settings["binaries"])
+        self.groups: list[str] = settings["groups"]  # who may read the host's key, and write metrics
         self.lost_rows: int = settings["lost_rows"]
 
     def call(self, command: str, cluster: str, *options: str, path: str = "", config: str = "repository") -> str:
@@ -722,12 +724,12 @@ class Drill:
 # --- the command line ------------------------------------------------------------------------------------------------------
 
 
-def become(user: str) -> None:
-    """Work as the repository's user, whoever called."""
+def become(user: str, groups: Sequence[str]) -> None:
+    """Work as the repository's user, with the groups that its units have, when root called."""
     if os.geteuid() != 0:
         return
     entry = pwd.getpwnam(user)
-    os.initgroups(user, entry.pw_gid)
+    os.setgroups([grp.getgrnam(name).gr_gid for name in groups])
     os.setgid(entry.pw_gid)
     os.setuid(entry.pw_uid)
     os.chdir("/")
@@ -815,7 +817,7 @@ def main() -> NoReturn:
     if os.geteuid() == 0 and options.command in ("now", "drill"):
         name = f"backup-{options.type}" if options.command == "now" else "restore-drill"
         sys.exit(through_unit(f"{name}@{options.cluster}.service"))
-    become("pgbackrest")
+    become("pgbackrest", suite.groups)
     try:
         work(suite, options)
     except BackupError as error:
