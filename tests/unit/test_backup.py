@@ -114,7 +114,8 @@ def test_info_is_read_for_each_repository() -> None:
     host, s3 = b.parse_info(info(), "core", {"1": "host", "2": "s3"})
     assert (host.backups[0].label, host.backups[0].lsn_stop, host.archive, host.wal_max[-1]) == ("20261122-010000F", 0x3000100, "15-1", "7")
     assert (s3.problem, s3.backups) == ("other", ())
-    assert b.parse_info([], "core", {"1": "host"})[0].problem
+    assert not s3.missing, "one that cannot be read is not made anew"
+    assert b.parse_info([], "core", {"1": "host"})[0].missing
 
 
 def test_verify_finds_bad_news_only() -> None:
@@ -158,7 +159,13 @@ def test_a_table_that_lost_all_its_rows_is_found_and_a_small_or_dropped_one_is_n
 
 @pytest.fixture
 def drill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    settings = {"repositories": {"1": "host", "2": "s3"}, "clusters": {"core": {"members": ["a"]}}, "binaries": "/x", "lost_rows": 100, "groups": []}
+    settings = {
+        "repositories": {"1": "host", "2": "s3"},
+        "clusters": {"core": {"members": ["a"]}},
+        "binaries": "/x",
+        "lost_rows": 100,
+        "groups": [],
+    }
     suite = b.Suite({**settings, "directory": str(tmp_path)})
     monkeypatch.setattr(b, "METRICS", tmp_path)
     monkeypatch.setattr(b.signal, "signal", lambda *_: None)

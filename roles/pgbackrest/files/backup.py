@@ -100,6 +100,7 @@ class Holding:
     history: tuple[tuple[int, int], ...] = ()  # earlier timelines and the LSN at which each was left
     archived: float = 0.0  # when the newest WAL came
     problem: str = ""
+    missing: bool = False  # it can be read, and knows nothing of the cluster yet
 
     @property
     def usable(self) -> list[Backup]:
@@ -142,7 +143,8 @@ def parse_info(answer: Sequence[Mapping[str, Any]], cluster: str, repositories: 
     for number, name in repositories.items():
         status = said.get(number, {"code": 1, "message": "nothing is known of it"})
         if status["code"] not in (0, 2):
-            holdings.append(Holding(name, int(number), problem=str(status["message"]).strip().splitlines()[0]))
+            problem = str(status["message"]).strip().splitlines()[0]
+            holdings.append(Holding(name, int(number), problem=problem, missing=status["code"] in (1, 3)))
             continue
         database = {each["id"]: each for each in stanza.get("db", []) if str(each["repo-key"]) == number}
         current = max(database, default=0)
@@ -447,13 +449,13 @@ class Suite:
         write_metrics("backup.prom", backup_metrics({cluster: self.holdings(cluster) for cluster in self.clusters}))
 
     def prepare(self) -> bool:
-        """Create what is missing for the clusters in the repositories; say whether something was."""
+        """Create what is missing for the clusters in the repositories; say whether something was. One that cannot be read is left alone."""
         changed = False
         for cluster in self.clusters:
-            problems = [holding.problem for holding in self.holdings(cluster) if holding.problem]
-            if problems:
+            missing = [holding.repository for holding in self.holdings(cluster) if holding.missing]
+            if missing:
                 self.call("stanza-create", cluster)
-                print(f"{cluster}: made ready in the repositories ({problems[0]})")
+                print(f"{cluster}: made ready in repository {' and '.join(missing)}")
                 changed = True
         return changed
 
