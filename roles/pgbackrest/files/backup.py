@@ -349,6 +349,12 @@ def complaints(said: str) -> list[str]:
     return [line.strip() for line in said.splitlines() if re.search(r"status: (?!ok|valid)|(missing|invalid|other): [1-9]", line)]
 
 
+def fatal(log: Path) -> str:
+    """Why a server ended, from its log: the first that killed it, not those who came too early."""
+    said = re.findall(r"(?:FATAL|PANIC):\s+(.*)", log.read_text(errors="replace") if log.exists() else "")
+    return next((line for line in said if not line.startswith("the database system is")), "it does not say why")
+
+
 class Suite:
     """The platform's backups as /etc/evenkeel/backup.json describes them."""
 
@@ -578,15 +584,23 @@ class Copy:
         (self.place / "pg_ident.conf").write_text("")
 
     def start(self) -> None:
-        """Start; ends when recovery has ended, or failed."""
+        """Start; ends when recovery has ended, or failed. Until then nobody is let in, so pg_ctl cannot tell."""
         log = self.place / "log"
-        argv = [self.program("pg_ctl"), "-D", str(self.data), "-l", str(log), "-w", "-t", str(START_SECONDS), "-s"]
+        argv = [self.program("pg_ctl"), "-D", str(self.data), "-l", str(log), "-W", "-s"]
         argv += ["-o", f"-c config_file={self.place}/postgresql.conf", "start"]
         done = subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if done.returncode:
-            said = [line for line in log.read_text(errors="replace").splitlines() if re.search("FATAL|PANIC", line)] if log.exists() else []
-            why = said[0].split("  ", 1)[-1] if said else done.stderr.strip()
-            raise BackupError(f"the restored copy of {self.cluster} does not come up: {why}")
+            raise BackupError(f"the restored copy of {self.cluster} does not start: {done.stderr.strip()}")
+        status = [self.program("pg_ctl"), "-D", str(self.data), "status"]
+        limit = time.monotonic() + START_SECONDS
+        while time.monotonic() < limit:
+            time.sleep(0.5)
+            with contextlib.suppress(BackupError):
+                if self.ask("SELECT pg_is_in_recovery()") == "f":
+                    return
+            if subprocess.run(status, capture_output=True, check=False).returncode:
+                raise BackupError(f"the restored copy of {self.cluster} does not come up: {fatal(log)}")
+        raise BackupError(f"the restored copy of {self.cluster} still recovers after {span_text(START_SECONDS)}")
 
     def ask(self, sql: str, database: str = "postgres") -> str:
         """The answer to a query."""

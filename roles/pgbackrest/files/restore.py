@@ -13,6 +13,7 @@ Every step may be asked for again: what was done is in the note, and is not done
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -99,6 +100,12 @@ def verdict(plan: Mapping[str, Any], target: Mapping[str, Any], end: str, last_c
     return ""
 
 
+def fatal(log: Path) -> str:
+    """Why a server ended, from its log: the first that killed it, not those who came too early."""
+    said = re.findall(r"(?:FATAL|PANIC):\s+(.*)", log.read_text(errors="replace") if log.exists() else "")
+    return next((line for line in said if not line.startswith("the database system is")), "it does not say why")
+
+
 # --- a member ----------------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +140,7 @@ class Member:
 
     def control(self, *words: str) -> None:
         """pg_ctl on the data directory."""
-        run(str(self.binaries / "pg_ctl"), "-D", str(self.data), "-s", "-w", *words)
+        run(str(self.binaries / "pg_ctl"), "-D", str(self.data), "-s", *words)
 
     def mine(self, plan: Mapping[str, Any]) -> None:
         """Refuse to mix two restores."""
@@ -216,11 +223,8 @@ class Member:
         log = self.sockets / "log"
         log.unlink(missing_ok=True)
         words = " ".join(f"-c {name}='{value}'" for name, value in settings.items())
-        try:
-            self.control("-t", str(START_SECONDS), "-l", str(log), "-o", words, "start")
-        except RestoreError as error:
-            said = re.findall(r"(?:FATAL|PANIC):\s+(.*)", log.read_text(errors="replace")) if log.exists() else []
-            raise RestoreError(f"the target was not reached: {said[0] if said else error}") from None
+        self.control("-W", "-l", str(log), "-o", words, "start")
+        self.wait_recovered(log)
         history = max(self.data.glob("pg_wal/*.history"), key=lambda path: path.name).read_text()
         end = [line for line in history.splitlines() if line.strip()][-1]
         last_commit = self.ask(f"SELECT {LAST_COMMIT}", str(self.sockets))
@@ -233,11 +237,27 @@ class Member:
         fields = end.split("\t")
         return {"ended": fields[1], "reason": fields[2], "last_commit": last_commit}
 
+    def wait_recovered(self, log: Path) -> None:
+        """Wait until recovery has ended. Until then nobody is let in, so pg_ctl cannot tell."""
+        limit = time.monotonic() + START_SECONDS
+        while time.monotonic() < limit:
+            time.sleep(0.5)
+            with contextlib.suppress(RestoreError):
+                if self.ask("SELECT pg_is_in_recovery()", str(self.sockets)) == "f":
+                    return
+            if not self.recovers():
+                raise RestoreError(f"the target was not reached: {fatal(log)}")
+        raise RestoreError(f"recovery has not ended after {START_SECONDS / 3600:.0f} hours")
+
+    def recovers(self) -> bool:
+        """Whether the PostgreSQL that recovers still runs."""
+        file = self.data / "postmaster.pid"
+        return file.exists() and Path(f"/proc/{file.read_text().split()[0]}").exists()
+
     def end_recovery(self, mode: str) -> None:
         """Stop the PostgreSQL that recovers, if it runs."""
-        file = self.data / "postmaster.pid"
-        if file.exists() and Path(f"/proc/{file.read_text().split()[0]}").exists():
-            self.control("-m", mode, "-t", str(STOP_SECONDS), "stop")
+        if self.recovers():
+            self.control("-w", "-m", mode, "-t", str(STOP_SECONDS), "stop")
 
     def free(self, plan: Mapping[str, Any]) -> dict[str, Any]:
         """Forget the cluster's state in etcd, which speaks of what was, and allow the start."""
