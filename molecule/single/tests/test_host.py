@@ -12,9 +12,9 @@ import testinfra
 from conftest import ADDRESS, STATE, secret
 
 SERVICES = {
-    "drydock-logs", "drydock-relay", "drydock-script-processor", "drydock-web", "drydock-worker-export", "drydock-worker-latex",
-    "etcd", "object-storage", "pg-maintenance-core", "pg-maintenance-plugins", "postgresql-core", "postgresql-plugins", "proxy",
-    "redis",
+    "drydock-logs", "drydock-prune-uploads", "drydock-recompute-availability", "drydock-relay", "drydock-script-processor", "drydock-web",
+    "drydock-worker-export", "drydock-worker-latex", "etcd", "object-storage", "pg-maintenance-core", "pg-maintenance-plugins",
+    "postgresql-core", "postgresql-plugins", "proxy", "redis",
 }  # fmt: skip
 
 
