@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import pwd
@@ -758,6 +759,21 @@ def take_requests(directory: Path) -> list[str]:
     return names
 
 
+def settle(action: str, told: str, service: Service, state: State, record: Record) -> None:
+    """Say what is done, count it, and keep the operator's note true."""
+    if action in ("restart", "leave", "give up"):
+        print(told, flush=True)
+    if action == "restart":
+        record.total += 1
+        record.recent = [moment for moment in record.recent if time.time() - moment < SHOWN_SECONDS] + [round(time.time(), 3)]
+    if action in ("restart", "forget"):
+        record.given_up = ""
+        (FAILURES / service.unit).unlink(missing_ok=True)
+    if action == "give up":
+        record.given_up = state.invocation
+        put(FAILURES / service.unit, f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {told}\n")
+
+
 def run_restart() -> int:
     """Judge what the daemons ask for; called by systemd, as root. Only the table of root says what may be restarted."""
     services = {service.name: service for service in load_table(TABLE)}
@@ -774,26 +790,9 @@ def run_restart() -> int:
         state = trusted_state(STATES, service)
         if state is None:
             continue
-        record = records[name]
-        action, told = judge_restart(
-            service,
-            state,
-            record,
-            limit,
-            time.time(),
-            lambda: hindrance(service, state, services, credentials),  # noqa: B023
-        )
-        if action in ("restart", "leave", "give up"):
-            print(told, flush=True)
-        if action == "restart":
-            record.total += 1
-            record.recent = [moment for moment in record.recent if time.time() - moment < SHOWN_SECONDS] + [round(time.time(), 3)]
-        if action in ("restart", "forget"):
-            record.given_up = ""
-            (FAILURES / service.unit).unlink(missing_ok=True)
-        if action == "give up":
-            record.given_up = state.invocation
-            put(FAILURES / service.unit, f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {told}\n")
+        against = functools.partial(hindrance, service, state, services, credentials)
+        action, told = judge_restart(service, state, records[name], limit, time.time(), against)
+        settle(action, told, service, state, records[name])
         # Written before the act: a restart that is not counted could become a storm.
         put(RESTARTS, json.dumps({name: asdict(record) for name, record in records.items()}, indent=2) + "\n")
         if action == "restart":
