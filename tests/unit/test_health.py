@@ -457,6 +457,33 @@ def test_a_full_disk_stops_no_watch(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "evenkeel_health_state" in (tmp_path / "gone/health.prom").read_text()
 
 
+def test_a_daemon_of_a_user_who_has_no_checks_any_more_lets_go_of_its_states(host: Path) -> None:
+    """Otherwise it and the daemon that has them now would write over one another."""
+    table, program = host / "health.json", ROOT / "roles/healthcheck/files/health.py"
+    row = {"name": "redis", "kind": "command", "command": ["true"], "user": "nobody", "interval_seconds": 1}
+    table.write_text(json.dumps({"services": [row]}))
+    start = (
+        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import health; health.STATES = pathlib.Path(sys.argv[2]);"
+        "health.METRICS = health.STATES; health.run_daemon(health.STATES / 'health.json', health.STATES, 'nobody')"
+    )
+    command = ["python3", "-c", start, str(program.parent), str(host)]
+
+    def run(until: Path, there: bool) -> int | None:
+        with subprocess.Popen(command) as daemon:
+            deadline = time.monotonic() + 20
+            while until.exists() is not there and time.monotonic() < deadline:
+                time.sleep(0.1)
+            table.write_text(json.dumps({"services": [{**row, "user": "other"}]}))
+            try:
+                return daemon.wait(20)
+            finally:
+                daemon.kill()
+
+    assert run(host / "redis.json", there=True) == 0, "it ends, so that systemd starts it with the new table"
+    assert run(host / "redis.json", there=False) == 0
+    assert not (host / "redis.json").exists()
+
+
 # --- restarts -----------------------------------------------------------------------------------------------------------
 
 WEB = health.Service("web", "http", unit="web.service", retries=3, restart=True, after=["redis"])

@@ -464,6 +464,8 @@ def read_state(directory: Path, name: str) -> State | None:
 def put(path: Path, text: str) -> None:
     """Replace a file in one step: a reader sees the old one or the new one."""
     temporary = path.with_name(f".{path.name}.new")
+    with contextlib.suppress(OSError):
+        temporary.unlink()  # half a file of somebody who had this service before
     temporary.write_text(text, encoding="utf-8")
     temporary.chmod(0o644)
     temporary.replace(path)
@@ -607,8 +609,17 @@ class MetricsFile:
         self.trouble = trouble
 
 
+def outdated(table: Path, version: int) -> bool:
+    """Whether the table is another one than we read."""
+    try:
+        return table.stat().st_mtime_ns != version
+    except OSError:
+        return False  # it is being replaced
+
+
 def run_daemon(table: Path, directory: Path, user: str) -> NoReturn:
     """Watch the services that this user checks."""
+    version = table.stat().st_mtime_ns
     own = [service for service in load_table(table) if not service.remote and service.user == user]
     credentials = load_credentials(CREDENTIALS)
     names = {f"{service.name}.json" for service in own}
@@ -633,6 +644,9 @@ def run_daemon(table: Path, directory: Path, user: str) -> NoReturn:
     metrics = MetricsFile(METRICS / (f"health-{user}.prom" if user else "health.prom"))
     while True:
         time.sleep(1)
+        if user and outdated(table, version):  # the role restarts the daemons that are needed; this one may be needed no more
+            print("the table has changed; starting again", flush=True)
+            os._exit(0)
         metrics.update(watchers)
         for watcher in watchers:
             watcher.notice_restart()
