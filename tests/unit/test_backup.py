@@ -54,8 +54,11 @@ def test_a_backup_that_leads_into_an_abandoned_future_is_not_used() -> None:
     held = holding(before, abandoned, after, timeline=2, history=((1, 150),))
     assert [each.label for each in held.usable] == ["before", "after"]
     assert b.choose("core", [held], b.Target("time", "", 3 * HOUR))[1].label == "before"
+    assert held.reaches == b.lsn("0/A000000")
     # and just after the restore, when the new timeline's history is archived but none of its WAL
-    assert [each.label for each in holding(before, abandoned, timeline=1, history=((1, 150),)).usable] == ["before"]
+    just = holding(before, abandoned, timeline=1, history=((1, 150),))
+    assert [each.label for each in just.usable] == ["before"]
+    assert just.reaches == 150, "not the end of what was abandoned"
 
 
 def test_the_second_repository_is_asked_when_the_first_cannot_help() -> None:
@@ -218,7 +221,7 @@ def test_a_copy_without_room_is_refused_with_the_figures(drill: Any, monkeypatch
 
 def test_recovery_that_did_not_reach_the_target_is_found() -> None:
     target = {"kind": "time", "text": "2026-11-22 03:14:00+00", "at": b.time_target("2026-11-22 03:14:00+00").at}
-    plan = {"wal_max": "000000010000000000000005"}
+    plan = {"reaches": 0x5000000}
     ended = "1\t0/50000A0\tbefore 2026-11-22 03:14:02+00"
     assert member.verdict(plan, target, ended, "2026-11-22 03:13:59+00") == ""
     assert "after the target" in member.verdict(plan, target, ended, "2026-11-22 03:14:01+00")
@@ -306,7 +309,7 @@ def looks(leader: str = "core-1", **extra: Any) -> dict[str, list[dict[str, Any]
 BACKUPS = {
     "target": {"kind": "time", "text": "2026-11-22 03:14:00.000000+00", "at": 1.0},
     "clusters": {
-        "core": {"repository": "host", "number": 1, "backup": "F", "backup_ended": "e", "size": 1, "wal_max": "w", "from": "f", "to": "t"}
+        "core": {"repository": "host", "number": 1, "backup": "F", "backup_ended": "e", "size": 1, "reaches": 1, "from": "f", "to": "t"}
     },
 }
 

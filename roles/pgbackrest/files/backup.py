@@ -109,19 +109,35 @@ class Holding:
         After a restore to an earlier time, those that were made between that time and the restore lead into an abandoned future.
         """
         left = dict(self.history)
-        newest = int(self.wal_max[:8], 16) if self.wal_max else 0
-        present = max([newest, *(timeline + 1 for timeline in left)])
 
         def on_path(backup: Backup) -> bool:
-            return backup.timeline == present or backup.lsn_stop <= left.get(backup.timeline, -1)
+            return backup.timeline == self.present or backup.lsn_stop <= left.get(backup.timeline, -1)
 
         return [backup for backup in self.backups if on_path(backup)]
+
+    @property
+    def present(self) -> int:
+        """The timeline that the cluster writes now."""
+        newest = int(self.wal_max[:8], 16) if self.wal_max else 0
+        return max([newest, *(timeline + 1 for timeline, _ in self.history)])
+
+    @property
+    def reaches(self) -> int:
+        """The LSN that recovery with all WAL gets to, at least: that of the newest segment or, without one yet, of the newest timeline."""
+        if self.wal_max and int(self.wal_max[:8], 16) == self.present:
+            return segment_start(self.wal_max)
+        return self.history[-1][1] if self.history else 0
 
 
 def lsn(text: str) -> int:
     """An LSN such as 0/30000F8 as a number."""
     high, low = text.split("/")
     return (int(high, 16) << 32) + int(low, 16)
+
+
+def lsn_text(number: int) -> str:
+    """The same number as an LSN."""
+    return f"{number >> 32:X}/{number & 0xFFFFFFFF:X}"
 
 
 def segment_start(wal: str) -> int:
@@ -497,7 +513,7 @@ class Suite:
                 "backup": backup.label,
                 "backup_ended": shown(backup.stopped),
                 "size": backup.size,
-                "wal_max": holding.wal_max,
+                "reaches": holding.reaches,
                 "from": shown(span[0]),
                 "to": shown(span[1]),
             }
@@ -682,11 +698,9 @@ class Drill:
         print(f"{self.cluster}: backup {backup.label} of {amount(backup.size)} from repository {holding.repository}", flush=True)
         self.copy.make(holding.number, backup.label, backup.size, Target("latest"))
         ended = self.copy.ended_at()
-        if ended < segment_start(holding.wal_max):
-            raise BackupError(
-                f"recovery ended at {ended >> 32:X}/{ended & 0xFFFFFFFF:08X}, before segment {holding.wal_max}, which the archive holds: "
-                "WAL between them is missing or damaged"
-            )
+        if ended < holding.reaches:
+            end = lsn_text(holding.reaches)
+            raise BackupError(f"recovery ended at {lsn_text(ended)}, and the archive goes to {end}: WAL is missing between")
         restored = time.time()
         argv = [self.copy.program("pg_amcheck"), "-h", str(self.copy.place), "-U", "postgres", "--all", "--install-missing"]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)

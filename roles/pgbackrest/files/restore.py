@@ -74,11 +74,6 @@ def lsn(text: str) -> int:
     return (int(high, 16) << 32) + int(low, 16)
 
 
-def segment_start(wal: str) -> int:
-    """The LSN with which a WAL segment begins."""
-    return (int(wal[8:16], 16) << 32) + int(wal[16:24], 16) * 16 * 1024 * 1024
-
-
 def verdict(plan: Mapping[str, Any], target: Mapping[str, Any], end: str, last_commit: str) -> str:
     """Why what was recovered is not what was asked for; empty when it is.
 
@@ -88,8 +83,8 @@ def verdict(plan: Mapping[str, Any], target: Mapping[str, Any], end: str, last_c
     fields = end.split("\t")
     reason = fields[2] if len(fields) > 2 else ""
     if target["kind"] == "latest":
-        if lsn(fields[1]) < segment_start(plan["wal_max"]):
-            return f"recovery ended at {fields[1]}, before segment {plan['wal_max']}, which the archive holds: WAL is missing between"
+        if lsn(fields[1]) < plan["reaches"]:
+            return f"recovery ended at {fields[1]}, before the end of the archive: WAL is missing between"
         return ""
     if "no recovery target" in reason or not reason:
         return "the WAL ended before the target: this is the newest state, not the one that was asked for"
@@ -318,7 +313,7 @@ def main() -> int:
             print(json.dumps({"cluster": cluster, **member.look()}))
             return 0
         # One after another: the step of a playbook that was interrupted may still be at work. What it wrote down is read then.
-        with (member.data.parent / "restore.lock").open("w") as lock:
+        with Path(f"/run/evenkeel-restore-{cluster}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             member = Member(cluster, settings)
             steps = {"stop": member.stop, "run": member.restore, "free": member.free, "clear": member.clear, "back": member.back}
