@@ -22,7 +22,7 @@ from ansible.vars.manager import VariableManager
 
 ROOT = Path(__file__).resolve().parents[2]
 # roles that write more where there are several hosts, and one of the lab's hosts that has them
-LAB_HOSTS = {"proxy": "proxy-1", "redis": "ops-1"}
+LAB_HOSTS = {"pgbackrest": "ops-1", "proxy": "proxy-1", "redis": "ops-1"}
 # what plays and earlier tasks would have set
 GIVEN = {
     "postgresql_cluster": "core", "pg_maintenance_cluster": "core",
@@ -90,8 +90,8 @@ def render(loader: DataLoader, base: dict[str, Any], roles: list[str]) -> dict[s
                         own = own.copy_with_new_env(searchpath=[str(path.parent)])
                         text = own.template(trust_as_template(path.read_text()), overrides={"trim_blocks": True})
                         texts.setdefault(role.name, {})[path.name] = str(text)
-                        if "units" in task and "name" in entry:
-                            texts[role.name][entry["name"]] = str(text)
+                        if place := entry.get("name") or entry.get("dest"):
+                            texts[role.name][place] = str(text)
     return texts
 
 

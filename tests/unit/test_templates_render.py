@@ -142,3 +142,19 @@ def test_the_dry_run_of_a_start_has_what_the_process_has(rendered: dict[str, dic
 def test_processes_are_bounded_by_their_contract(rendered: dict[str, dict[str, str]]) -> None:
     for process, bounds in (("web", ["MemoryMax=2048M", "TasksMax=512"]), ("speaks-tls", ["MemoryMax=1024M", "TasksMax=256"])):
         assert {*bounds, "LimitCORE=0", "OOMPolicy=continue", "LogRateLimitBurst=100000000"} <= set(lines(rendered, process))
+
+
+def test_a_database_host_reaches_its_own_clusters_in_the_repository_and_only_the_repository_host_reads_all(
+    rendered: dict[str, dict[str, str]],
+) -> None:
+    ours = rendered["pgbackrest"]
+    for place, doors in (
+        ("/etc/pgbackrest/repository.conf", ["demo1=core,plugins"]),
+        ("/etc/pgbackrest/member.conf", ["demo1=*"]),
+        ("lab//etc/pgbackrest/repository.conf", ["pg-core-1=core", "pg-core-2=core", "pg-plugins-1=plugins", "pg-plugins-2=plugins"]),
+        ("/etc/pgbackrest/scratch.conf", []),
+    ):
+        assert re.findall("^tls-server-auth=(.*)$", ours[place], re.MULTILINE) == doors, place
+    assert "pg2-host=pg-core-2" in ours["lab//etc/pgbackrest/repository.conf"]
+    assert not re.search("^pg1-host", ours["/etc/pgbackrest/scratch.conf"], re.MULTILINE), "a copy is restored here, and nowhere else"
+    assert "repo1-cipher-pass" not in ours["/etc/pgbackrest/member.conf"], "only the repository host knows it"
