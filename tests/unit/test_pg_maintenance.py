@@ -302,6 +302,13 @@ def test_a_lock_that_cannot_be_had_is_tried_again_then_named_and_the_rest_is_don
     assert indexes(shop) == {"orders_pkey": True, "Note idx": True}, "and nothing is left behind"
 
 
+def test_no_lock_is_waited_for_longer_than_the_role_says(shop: psycopg.Connection[Any]) -> None:
+    run, _said = run_with(psycopg, lock_timeout_seconds=7)
+    with run.connected("shop") as session:
+        run.prepare(session)
+        assert session.ask("SHOW lock_timeout") == [("7s",)]
+
+
 def test_one_run_at_a_time_in_a_cluster_and_the_second_says_for_whom_it_waits(shop: psycopg.Connection[Any], folder: str) -> None:
     with psycopg.connect(f"host={folder} user=postgres dbname=postgres application_name=first", autocommit=True) as first:
         first.execute("SELECT pg_advisory_lock(%s, %s)", maintenance.TURN)
@@ -349,7 +356,17 @@ def held_up(shop: psycopg.Connection[Any], folder: str, meanwhile: Any) -> tuple
 
 
 def test_told_to_stop_it_cancels_its_statement_and_leaves_nothing_behind(shop: psycopg.Connection[Any], folder: str) -> None:
-    _run, _said, (error,) = held_up(shop, folder, lambda run: run.stop(15, None))
+    at_work = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'REINDEX%' AND state = 'active'"
+
+    def stop(run: Any) -> None:
+        assert shop.execute(at_work).fetchone() == (1,)
+        run.stop(15, None)
+        deadline = time.monotonic() + 20
+        while shop.execute(at_work).fetchone() != (0,):  # although nothing else has ended it
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    _run, _said, (error,) = held_up(shop, folder, stop)
     assert "it was stopped at shop: " in str(error)
     assert "Next, when it suits: playbooks/maintenance.yml" in str(error)
     assert set(indexes(shop)) == {"orders_pkey", "Note idx"}
@@ -382,6 +399,8 @@ def test_what_would_be_done_is_told_and_nothing_is_done(
     assert "shop: would drop public.orders_pkey_ccnew" in said
     assert "shop: 3 indexes would be rebuilt" in said
     assert "orders_pkey_ccnew" in indexes(shop)
+    assert maintenance.main(["reindex", "core::public.orders", "--dry-run", *words], psycopg) == 0
+    assert "shop: 3 indexes would be rebuilt" in capsys.readouterr().out, "that of its TOAST table, too"
     assert maintenance.main(["bloat", "core:shop", *words], psycopg) == 0
     assert "public.orders " in capsys.readouterr().out
     for target, sentence in (
