@@ -607,19 +607,40 @@ def test_root_restarts_nothing_that_the_table_does_not_name(
     assert capsys.readouterr().out.count("does not allow") == 3
 
 
+def test_a_daemon_asks_for_no_restart_that_would_cure_nothing(platform: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    services = {service.name: service for service in health.load_table(platform / "health.json")}
+    dead = replace(services["web"], kind="command", command=["false"], retries=1)
+    watcher = health.Watcher(dead, {}, platform, 0.0, [services["redis"]])
+    watcher.state = replace(watcher.state, status="healthy")
+    put(platform, streak=-1, message="no PONG")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: 1000)
+        watcher._turn()
+        assert "web is unhealthy, but not restarted: it needs redis, which is failing (no PONG)" in capsys.readouterr().out
+        assert not list((platform / "requests").iterdir())
+        put(platform)
+        watcher._turn()
+    assert [path.name for path in (platform / "requests").iterdir()] == ["web"]
+
+
+def test_what_a_service_needs_elsewhere_is_asked_there_by_who_may(platform: Path, url: str) -> None:
+    far = health.Service("far", "http", url=f"{url}/down", remote=True)
+    assert health.trouble_of([far], {}).startswith("far, which is not healthy")
+    assert health.trouble_of([replace(far, url=url)], {}) == ""
+    secret = health.Service("redis", "command", command=["false"], remote=True, credentials={"REDISCLI_AUTH": "redis-health"})
+    assert health.trouble_of([secret], {}) == "", "a daemon without the secret cannot know"
+
+
 def test_root_looks_for_itself(platform: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     put(platform, name="web", status="healthy")
     assert ask_root(platform, monkeypatch, "web") == [], "it is well"
     sick(platform, invocation="older")
     assert ask_root(platform, monkeypatch, "web") == [], "what was unhealthy is gone"
     sick(platform)
-    put(platform, streak=-1, message="no PONG")
-    assert ask_root(platform, monkeypatch, "web") == [], "a restart does not bring Redis back"
-    assert "not restarted: it needs redis, which is failing (no PONG)" in capsys.readouterr().out
-    put(platform)
     with monkeypatch.context() as patch:
         patch.setattr(health, "show_units", lambda names, _timeout: {name: {"ActiveState": "activating"} for name in names})
         assert ask_root(platform, monkeypatch, "web") == [], "it is being started"
+    assert "not restarted: web.service is activating" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(health, "CHECK_USER", "daemon")
         assert ask_root(platform, monkeypatch, "web") == [], "somebody else has written that state"

@@ -50,6 +50,7 @@ MESSAGE_LIMIT = 300
 # A service that has just been started is asked more often, so that those who wait for it need not wait for a turn.
 STARTING_INTERVAL = 1.0
 METRICS_SECONDS = 10.0  # as often as the checks; a change is written at once
+NEED_SECONDS = 2.0  # to ask each service on another host that an unhealthy one needs
 SHARED_SECONDS = 5.0  # rows that ask systemd so soon one after another share an answer
 SHOWN_SECONDS = 86400.0  # restarts of the last day are shown beside the status
 PROPERTIES = ("Id", "LoadState", "ActiveState", "Result", "ExecMainStatus", "ExecMainExitTimestampMonotonic")
@@ -529,9 +530,12 @@ def notify(message: str) -> None:
 class Watcher(threading.Thread):
     """Checks one service for ever."""
 
-    def __init__(self, service: Service, credentials: Mapping[str, str], directory: Path, offset: float) -> None:
+    def __init__(
+        self, service: Service, credentials: Mapping[str, str], directory: Path, offset: float, needs: Sequence[Service] = ()
+    ) -> None:
         super().__init__(name=service.name, daemon=True)
         self.service = service
+        self.needs = needs
         self.credentials = credentials
         self.directory = directory
         self.offset = offset
@@ -579,7 +583,11 @@ class Watcher(threading.Thread):
             print(f"{self.name} is {self.state.status}: {self.state.message}", flush=True)
             self.changed = True
         if wants_judgement(before, self.state, self.service):
-            (REQUESTS / self.name).touch()
+            trouble = trouble_of(self.needs, self.credentials) if self.state.status == "unhealthy" else ""
+            if trouble:
+                print(f"{self.name} is unhealthy, but not restarted: it needs {trouble}", flush=True)
+            else:
+                (REQUESTS / self.name).touch()
         return pause_until_next(self.state, self.service, time.time())
 
 
@@ -620,7 +628,8 @@ def outdated(table: Path, version: int) -> bool:
 def run_daemon(table: Path, directory: Path, user: str) -> NoReturn:
     """Watch the services that this user checks."""
     version = table.stat().st_mtime_ns
-    own = [service for service in load_table(table) if not service.remote and service.user == user]
+    services = {service.name: service for service in load_table(table)}
+    own = [service for service in services.values() if not service.remote and service.user == user]
     credentials = load_credentials(CREDENTIALS)
     names = {f"{service.name}.json" for service in own}
     for path in directory.glob("*.json"):
@@ -628,7 +637,10 @@ def run_daemon(table: Path, directory: Path, user: str) -> NoReturn:
             path.unlink(missing_ok=True)
     # Spread over an interval's first second, so that the checks do not all want the processor at once.
     step = min(0.1, 1.0 / max(len(own), 1))
-    watchers = [Watcher(service, credentials, directory, number * step) for number, service in enumerate(own)]
+    watchers = [
+        Watcher(service, credentials, directory, number * step, [services[name] for name in service.after if name in services])
+        for number, service in enumerate(own)
+    ]
     for watcher in watchers:
         watcher.start()
 
@@ -702,7 +714,7 @@ def trusted_state(directory: Path, service: Service) -> State | None:
 def judge_restart(
     service: Service, state: State, record: Record, limit: Limit, now: float, hindrance: Callable[[], str]
 ) -> tuple[str, str]:
-    """What to do, and why: nothing, `restart`, `leave` (somebody else's trouble), `give up`, or `forget` all trouble.
+    """What to do, and why: nothing, `restart`, `leave` (for now), `give up`, or `forget` all trouble.
 
     hindrance: what stands against a restart, empty when nothing does; asked only if there is to be one.
     """
@@ -729,19 +741,23 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def hindrance(service: Service, state: State, services: Mapping[str, Service], credentials: Mapping[str, str]) -> str:
-    """Why a restart would be wrong now: its unit does not simply run, or what it needs is not healthy itself."""
+def trouble_of(needs: Sequence[Service], credentials: Mapping[str, str]) -> str:
+    """The first of what a service needs that is not healthy either: a restart would end work and cure nothing."""
+    for service in needs:
+        if service.remote and not set(service.credentials.values()) <= set(credentials):
+            continue  # not ours to ask (a daemon of an application's user); the limit bounds what that costs
+        status, message = look(service, credentials, NEED_SECONDS)
+        if status != "healthy":
+            return f"{service.name}, which is {status} ({message})"
+    return ""
+
+
+def hindrance(service: Service, state: State) -> str:
+    """Why a restart would be wrong now: its unit does not simply run, as what is unhealthy did."""
     if state.invocation != unit_invocation(service.unit):
         return f"{service.unit} was just started or stopped"
     active = show_units([service.unit], 20).get(service.unit, {}).get("ActiveState", "unknown")
-    if active != "active":
-        return f"{service.unit} is {active}"
-    for name in service.after:
-        if name in services:
-            status, message = look(services[name], credentials, services[name].timeout_seconds)
-            if status != "healthy":
-                return f"it needs {name}, which is {status} ({message})"
-    return ""
+    return "" if active == "active" else f"{service.unit} is {active}"
 
 
 def load_restarts(path: Path) -> dict[str, Record]:
@@ -792,7 +808,6 @@ def run_restart() -> int:
     """Judge what the daemons ask for; called by systemd, as root. Only the table of root says what may be restarted."""
     services = {service.name: service for service in load_table(TABLE)}
     limit = Limit(**json.loads(TABLE.read_text(encoding="utf-8"))["restarts"])
-    credentials = load_credentials(CREDENTIALS)
     known = load_restarts(RESTARTS)
     records = {name: known.get(name, Record()) for name, service in services.items() if service.restart}
     refused = False
@@ -804,7 +819,7 @@ def run_restart() -> int:
         state = trusted_state(STATES, service)
         if state is None:
             continue
-        against = functools.partial(hindrance, service, state, services, credentials)
+        against = functools.partial(hindrance, service, state)
         action, told = judge_restart(service, state, records[name], limit, time.time(), against)
         settle(action, told, service, state, records[name])
         # Written before the act: a restart that is not counted could become a storm.
