@@ -11,6 +11,8 @@ from typing import Any
 
 WAYS = ("time", "name", "latest")
 FINGERPRINT_LENGTH = 16
+#: What makes a plan this plan. The timeline, because after a restore the same words mean another one.
+DECISIVE = ("repository", "backup", "timeline", "member", "others", "lost")
 
 
 def restore_request_problem(request: Mapping[str, str], topology: Mapping[str, Any], begun: Mapping[str, Any]) -> str:
@@ -98,7 +100,7 @@ def restore_plan(
         "platform": platform,
         "target": backups["target"],
         "clusters": {
-            cluster: {key: each[key] for key in ("repository", "backup", "member", "others", "lost")} for cluster, each in clusters.items()
+            cluster: {key: each[key] for key in DECISIVE} for cluster, each in clusters.items()
         },
     }
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

@@ -242,6 +242,21 @@ def test_a_host_remembers_which_restore_is_under_way(tmp_path: Path) -> None:
         again.mine({"fingerprint": "bbbb"})
 
 
+def test_what_was_given_free_is_not_restored_again(tmp_path: Path) -> None:
+    """The playbook was interrupted after that, and somebody may have written since."""
+    (tmp_path / "core").mkdir()
+    settings = {"clusters": {"core": {"port": 5432, "data": str(tmp_path / "core/pgdata")}}, "binaries": "/x"}
+    plan = {"fingerprint": "aaaa"}
+    own = member.Member("core", settings)
+    own.remember(fingerprint="aaaa", step="recovered", kept="", result={"ended": "0/5"})
+    own.forget()
+    again = member.Member("core", settings)
+    assert again.stop(plan) == {"step": "ended"}
+    assert again.restore(plan) == {"ended": "0/5", "kept": ""}
+    assert again.free(plan) == {"step": "free"}
+    assert again.clear(plan) == {"step": "clear"}
+
+
 def test_old_data_are_kept_where_there_is_room_and_return_when_the_restore_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,7 +324,17 @@ def looks(leader: str = "core-1", **extra: Any) -> dict[str, list[dict[str, Any]
 BACKUPS = {
     "target": {"kind": "time", "text": "2026-11-22 03:14:00.000000+00", "at": 1.0},
     "clusters": {
-        "core": {"repository": "host", "number": 1, "backup": "F", "backup_ended": "e", "size": 1, "reaches": 1, "from": "f", "to": "t"}
+        "core": {
+            "repository": "host",
+            "number": 1,
+            "backup": "F",
+            "backup_ended": "e",
+            "size": 1,
+            "timeline": 1,
+            "reaches": 1,
+            "from": "f",
+            "to": "t",
+        }
     },
 }
 

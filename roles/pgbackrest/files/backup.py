@@ -513,6 +513,7 @@ class Suite:
                 "backup": backup.label,
                 "backup_ended": shown(backup.stopped),
                 "size": backup.size,
+                "timeline": holding.present,
                 "reaches": holding.reaches,
                 "from": shown(span[0]),
                 "to": shown(span[1]),

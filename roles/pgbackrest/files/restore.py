@@ -116,7 +116,9 @@ class Member:
         self.data = Path(own["data"])
         self.file = self.data.parent / "restore.json"
         self.sockets = self.data.parent / "restore-socket"
+        self.ended = self.data.parent / "restored.json"
         self.note: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.last: dict[str, Any] = json.loads(self.ended.read_text()) if self.ended.exists() else {}
 
     def remember(self, **facts: Any) -> None:
         """Write down how far the restore has come, in one step that survives a power cut."""
@@ -146,6 +148,10 @@ class Member:
                 f"or give it up with -e abort={other}"
             )
 
+    def is_over(self, plan: Mapping[str, Any]) -> bool:
+        """Whether this restore has ended here. It must not begin anew: somebody may have written since."""
+        return not self.note and self.last.get("fingerprint") == plan["fingerprint"]
+
     # --- the steps
 
     def look(self) -> dict[str, Any]:
@@ -167,6 +173,8 @@ class Member:
     def stop(self, plan: Mapping[str, Any]) -> dict[str, Any]:
         """Stop Patroni and PostgreSQL."""
         self.mine(plan)
+        if self.is_over(plan):
+            return {"step": "ended"}
         if "step" not in self.note:
             self.remember(fingerprint=plan["fingerprint"], step="stopped", since=datetime.now(UTC).isoformat(timespec="seconds"))
         run("systemctl", "stop", self.unit, seconds=STOP_SECONDS, postgres=False)
@@ -175,6 +183,8 @@ class Member:
     def restore(self, plan: Mapping[str, Any]) -> dict[str, Any]:
         """Restore, recover and verify."""
         self.mine(plan)
+        if self.is_over(plan):
+            return {**self.last["result"], "kept": self.last["kept"]}
         if self.note["step"] == "recovered":
             return {**self.note["result"], "kept": self.note["kept"]}
         own, target = plan["clusters"][self.cluster], plan["target"]
@@ -292,14 +302,14 @@ class Member:
             if self.data.exists():
                 shutil.rmtree(self.data)
             Path(kept).rename(self.data)
-        self.forget()
+        self.file.unlink()
         return {"step": "back"}
 
     def forget(self) -> None:
-        """Remove the note: Patroni may start."""
+        """Put the note away: Patroni may start."""
         if self.sockets.exists():
             shutil.rmtree(self.sockets)
-        self.file.unlink()
+        self.file.rename(self.ended)
         self.note = {}
 
 
