@@ -482,6 +482,7 @@ def test_a_daemon_of_a_user_who_has_no_checks_any_more_lets_go_of_its_states(hos
     assert run(host / "redis.json", there=True) == 0, "it ends, so that systemd starts it with the new table"
     assert run(host / "redis.json", there=False) == 0
     assert not (host / "redis.json").exists()
+    assert not (host / "health-nobody.prom").exists(), "nor shall anybody read old metrics"
 
 
 # --- restarts -----------------------------------------------------------------------------------------------------------

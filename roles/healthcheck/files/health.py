@@ -609,7 +609,10 @@ class MetricsFile:
             watcher.changed = False
         trouble = ""
         try:
-            put(self.path, health_metrics([watcher.state for watcher in watchers]))
+            if watchers:
+                put(self.path, health_metrics([watcher.state for watcher in watchers]))
+            else:
+                self.path.unlink(missing_ok=True)
         except OSError as error:
             trouble = f"the metrics cannot be written: {error}"
         if trouble != self.trouble:
