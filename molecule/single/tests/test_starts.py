@@ -157,7 +157,7 @@ for port in 5432 5433; do
   runuser -u postgres -- pg_dump -p $port --data-only --inserts -T 'jobs_*' -T django_session -T processor_processor \
     -T learning_availability drydock | grep ^INSERT | sort
 done
-getent passwd drydock; find /var/lib/object-storage | sort
+getent passwd drydock; find /var/lib/object-storage/data/drydock | sort
 """
 
 
