@@ -39,8 +39,9 @@ CASE WHEN pg_is_in_recovery() OR current_setting('track_commit_timestamp') = 'of
   ELSE coalesce((pg_last_committed_xact()).timestamp::text, '') END
 """
 LOOK = f"SELECT system_identifier, pg_is_in_recovery()::int, {LAST_COMMIT} FROM pg_control_system()"
-# An empty transaction, so that recovery finds a commit after any time until now; then its segment goes to the archive.
-MARK = "SELECT pg_current_xact_id(); SELECT pg_walfile_name(pg_switch_wal())"
+# An empty transaction, so that recovery finds a commit after any time until now; then, when that has ended, its segment goes to the archive.
+MARK = "SELECT pg_current_xact_id()"
+SWITCH = "SELECT pg_walfile_name(pg_switch_wal())"
 WAITING = "SELECT count(*) FROM pg_ls_archive_statusdir() WHERE name = '{wal}.ready'"
 
 
@@ -163,7 +164,8 @@ class Member:
             return {**found, "problem": str(error)}
         found |= {"role": "standby" if standby == "1" else "primary", "system": system, "last_commit": last_commit}
         if found["role"] == "primary":
-            wal = self.ask(MARK).splitlines()[-1]
+            self.ask(MARK)
+            wal = self.ask(SWITCH)
             limit = time.monotonic() + ARCHIVE_SECONDS
             while self.ask(WAITING.format(wal=wal)) != "0" and time.monotonic() < limit:
                 time.sleep(0.5)
