@@ -39,7 +39,7 @@ CASE WHEN pg_is_in_recovery() OR current_setting('track_commit_timestamp') = 'of
   ELSE coalesce((pg_last_committed_xact()).timestamp::text, '') END
 """
 LOOK = f"SELECT system_identifier, pg_is_in_recovery()::int, {LAST_COMMIT} FROM pg_control_system()"
-# An empty transaction, so that recovery finds a commit after any time until now; then, when that has ended, its segment goes to the archive.
+# An empty transaction, so that recovery finds a commit after any time until now; when it has ended, its segment goes to the archive.
 MARK = "SELECT pg_current_xact_id()"
 SWITCH = "SELECT pg_walfile_name(pg_switch_wal())"
 WAITING = "SELECT count(*) FROM pg_ls_archive_statusdir() WHERE name = '{wal}.ready'"
