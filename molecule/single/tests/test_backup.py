@@ -169,6 +169,8 @@ def test_a_damaged_backup_turns_drill_metric_and_status_red_until_there_is_a_new
     assert metric(host, 'evenkeel_restore_drill_success{cluster="plugins"}') == 1
     until("health sees that too", lambda: " healthy" in host.run("evenkeel-health status | grep restore-drill-plugins").stdout)
     assert playbook("status").code == 0
+    forget = f"--config=/etc/pgbackrest/repository.conf --stanza=plugins --repo=1 --set={newest.split('_')[0]} expire"
+    host.check_output(f"runuser -u pgbackrest -- pgbackrest {forget}")
 
 
 # --- restore -----------------------------------------------------------------------------------------------------------------
@@ -340,7 +342,7 @@ def test_core_with_a_full_disk_leaves_plugins_serving(host: testinfra.host.Host)
             assert failed == 0
         finally:
             host.run("timeout 90 systemctl stop patroni@core || systemctl kill -s KILL patroni@core")
-            host.run(f"umount {wal} && {move.format('/run/wal', wal)}; umount /run/wal")
+            host.run(f"umount {wal} && find {wal} -mindepth 1 -delete && {move.format('/run/wal', wal)}; umount /run/wal")
             host.check_output("systemctl start patroni@core")
         until("core is back", lambda: host.run("psql -U postgres -p 5432 -c 'SELECT 1/(not pg_is_in_recovery())::int'").rc == 0)
         assert counts()[1] == 0
