@@ -115,6 +115,8 @@ def test_private_files_are_private(host: testinfra.host.Host) -> None:
         ("/etc/object-storage/server.env", 0o600, "root"),
         ("/etc/evenkeel/pki/host.key", 0o640, "root"),
         ("/etc/patroni/core.yml", 0o600, "postgres"),
+        ("/etc/pgbackrest/repository.conf", 0o640, "root"),
+        ("/etc/pgbackrest/member.conf", 0o640, "root"),
     ):
         file = host.file(path)
         assert (file.mode, file.user) == (mode, owner), path
