@@ -66,7 +66,7 @@ def repository_units(clusters: Sequence[str], settings: Mapping[str, Any]) -> li
         task = {**common, "description": f"{title} backup of cluster %i", "command": command, "calendar": calendars[kind]}
         units += _task(f"backup-{kind}", clusters, task)
     drill = {**common, "description": "Restore drill of cluster %i", "command": f"{PROGRAM} drill %i", "calendar": calendars["drill"]}
-    metrics = {**common, "description": "Age and size of the backups as metrics", "command": f"{PROGRAM} metrics", "calendar": "*:0/5"}
+    metrics = {**common, "description": "Age and size of the backups as metrics", "command": f"{PROGRAM} metrics", "calendar": "*:0/15"}
     return [*units, *_task("restore-drill", clusters, drill), *_task("backup-metrics", [], {**metrics, "hours": 1, "spread_seconds": 30})]
 
 
