@@ -114,7 +114,7 @@ def test_what_is_not_there_is_refused_in_one_sentence(host: Host) -> None:
 def big(host: Host) -> Iterator[str]:
     """A table in the cluster plugins that somebody writes to all the time; the longest wait of a write is in its table `waits`."""
     sql(host, "DROP TABLE IF EXISTS big, waits", 5433)
-    sql(host, "CREATE TABLE big AS SELECT n AS id, md5(n::text) AS note FROM generate_series(1, 200000) AS n", 5433)
+    sql(host, "CREATE TABLE big AS SELECT n AS id, md5(n::text)::char(32) AS note FROM generate_series(1, 200000) AS n", 5433)
     sql(host, "CREATE INDEX big_note ON big (note); CREATE TABLE waits (seconds float8)", 5433)
     yield "big"
     sql(host, "DROP TABLE IF EXISTS big, waits", 5433)
@@ -136,6 +136,9 @@ while time.monotonic() < end:
     time.sleep(0.01)
 q.execute("INSERT INTO waits VALUES (%s), (%s)", [longest, -count])
 """
+
+
+END_OF_HOLDER = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(300)%' AND pid <> pg_backend_pid()"
 
 
 def invalid(host: Host) -> str:
@@ -163,11 +166,9 @@ def test_d4_a_reindex_that_is_killed_leaves_an_invalid_index_which_the_next_run_
         host.check_output("systemctl start --no-block %s", unit)
         wait_for("the new index", lambda: "big_note_ccnew" in invalid(host))
         host.check_output("systemctl kill --signal=KILL %s", unit)
-        host.check_output("systemctl stop holder")
-        broken_off = (
-            "query LIKE 'REINDEX%' OR query LIKE '%pg_sleep%' AND pid <> pg_backend_pid()"  # PostgreSQL notices by itself in seconds
-        )
-        sql(host, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {broken_off}", 5433)
+        at_work = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'REINDEX%' AND state = 'active'"
+        wait_for("PostgreSQL, to notice that nobody waits for its work", lambda: sql(host, at_work, 5433) == "0")
+        sql(host, END_OF_HOLDER, 5433)
         wait_for("the end of the killed run", lambda: host.run("systemctl is-failed %s", unit).stdout.strip() == "failed")
         assert invalid(host) == "big_note_ccnew", "and it stays, and every write keeps it up to date"
 
@@ -178,9 +179,10 @@ def test_d4_a_reindex_that_is_killed_leaves_an_invalid_index_which_the_next_run_
         assert sql(host, "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'writer'", 5433) == "1", "the writer writes"
         assert not host.file(f"/var/lib/evenkeel/failures/{unit}").exists, "the note of the failure is gone"
     finally:
+        sql(host, END_OF_HOLDER, 5433)
         sql(host, "CREATE TABLE IF NOT EXISTS waits_over ()", 5433)
         wait_for("the writer", lambda: sql(host, "SELECT count(*) FROM waits", 5433) == "2")
-        host.run("systemctl stop holder; systemctl reset-failed %s holder", unit)
+        host.run("systemctl stop %s; systemctl reset-failed %s holder", unit, unit)
         sql(host, "DROP TABLE waits_over", 5433)
     longest = float(sql(host, "SELECT max(seconds) FROM waits", 5433))
     count = -float(sql(host, "SELECT min(seconds) FROM waits", 5433))
