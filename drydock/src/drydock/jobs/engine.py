@@ -259,7 +259,7 @@ def _bury(database: str, job: Job) -> None:
 def prune(database: str, *, dry_run: bool = False) -> int:
     """Remove finished jobs, but for the last of each queue (done, and not done); return how many were removed.
 
-    At most some thousands at a time, so that no transaction is long. With `dry_run` nothing is removed and all are counted.
+    At most some thousands at a time, so that no transaction is long. With `dry_run` none is removed, all are counted.
     """
     kept = getattr(settings, "JOBS_KEPT_FOR_EACH_QUEUE", 200)
     ranked = (
