@@ -347,4 +347,4 @@ def test_core_with_a_full_disk_leaves_plugins_serving(host: testinfra.host.Host)
         until("core is back", lambda: host.run("psql -U postgres -p 5432 -c 'SELECT 1/(not pg_is_in_recovery())::int'").rc == 0)
         assert counts()[1] == 0
     assert sql(host, "core", "SELECT to_regclass('filling') IS NULL") == "t"
-    host.check_output("evenkeel-health wait --timeout 120 postgresql-core drydock-web")
+    host.check_output("evenkeel-health wait --timeout 120 postgresql-core")
