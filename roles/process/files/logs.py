@@ -167,8 +167,7 @@ class Logs:
         self.buffered = 0
         self.unsaved = 0
         self.saved_at = now
-        if not self.cursor:  # the first start: from here on it is known what the files held before
-            self.save()
+        self.save()  # from here on it is known what the files hold, those too that are new or not the ones of the state
 
     def add(self, entry: Mapping[str, bytes], cursor: str) -> None:
         """Take one entry of the journal."""
