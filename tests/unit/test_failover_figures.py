@@ -268,8 +268,8 @@ def result(core_seconds: float) -> dict[str, Any]:
 
 
 def test_page_has_every_figure() -> None:
-    page = report.page(result(20.66))
-    row = "| the primary's host off | 20.7 | 0.0 | 0.0 | core ≤ 22 | 2 of 300 | 21.5 | 9 / 0 | 1,234 / 0 | 12 |"
+    page = report.page([result(20.66)])
+    row = "| the primary's host off | 1 | 20.7 | 0.0 | 0.0 | core ≤ 22 | 2 of 300 | 21.5 | 9 / 0 | 1,234 / 0 | 12 |"
     assert row in page.splitlines()
     assert "0 of 24,000 acknowledged commits, 0 of 120 accepted jobs" in page
     assert "commit `0123456789ab` on 2026-11-22: 13 lab hosts on one machine with 2 cores" in page
@@ -277,4 +277,14 @@ def test_page_has_every_figure() -> None:
 
 
 def test_page_marks_what_is_beyond_its_promise() -> None:
-    assert "| **23.0** |" in report.page(result(23.0))
+    assert "| **23.0** |" in report.page([result(23.0)])
+
+
+def test_page_of_several_runs_has_the_median_the_worst_and_the_sums() -> None:
+    page = report.page([result(18.0), result(23.04), result(19.0)])
+    seconds = "**19.0 / 23.0** | 0.0 / 0.0 | 0.0 / 0.0"
+    row = f"| the primary's host off | 3 | {seconds} | core ≤ 22 | 6 of 900 | 21.5 | 27 / 0 | 3,702 / 0 | 12 / 12 |"
+    assert row in page.splitlines()
+    assert "0 of 72,000 acknowledged commits, 0 of 360 accepted jobs" in page
+    assert "3 runs, 1440 s in all" in page
+    assert "6 `/documents/ 503`" in page

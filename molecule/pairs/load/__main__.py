@@ -56,19 +56,20 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10, help="for how long random faults happen (default: 10)")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="decides which faults, and when")
     parser.add_argument("--each", action="store_true", help="instead: each fault once, one after another")
+    parser.add_argument("--times", type=int, default=1, help="with --each: so many times (default: 1)")
     parser.add_argument("--only", default="", metavar="WORDS", help="only faults whose title has these words in it")
     chosen = parser.parse_args()
     faults = [fault for fault in FAULTS if chosen.only in fault.title]
     if not faults:
         parser.error(f"no fault has {chosen.only!r} in its title; there are: {'; '.join(fault.title for fault in FAULTS)}")
-    say("each fault once" if chosen.each else f"random faults for {chosen.minutes:g} minutes, seed {chosen.seed}")
+    say(f"each fault, {chosen.times} times" if chosen.each else f"random faults for {chosen.minutes:g} minutes, seed {chosen.seed}")
     run = Run(Platform.of(chosen.inventory.resolve()))
     failed = ""
     try:
         run.start()
         try:
             if chosen.each:
-                for fault in faults:
+                for fault in faults * chosen.times:
                     one(run, fault)
             else:
                 soak(run, faults, chosen.minutes, chosen.seed)

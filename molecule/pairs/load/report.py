@@ -1,86 +1,120 @@
-"""Write docs/reference/failover.md from a run's result: `python molecule/pairs/load/report.py RESULT.json > docs/reference/failover.md`."""
+"""Write docs/reference/failover.md from runs' results: `python molecule/pairs/load/report.py RESULT.json… > docs/reference/failover.md`."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 COLUMNS = (
-    "fault", "core s", "plugins s", "Redis s", "promised s", "HTTP failed", "slowest request s", "jobs accepted / lost",
+    "fault", "times", "core s", "plugins s", "Redis s", "promised s", "HTTP failed", "slowest request s", "jobs accepted / lost",
     "commits acknowledged / lost", "whole again s",
 )  # fmt: skip
 
 
-def row(fault: Mapping[str, Any]) -> list[str]:
-    """One fault as cells; a figure beyond its promise is bold."""
-    cells = {name: f"{seconds:.1f}" for name, seconds in fault["interruption_seconds"].items()}
+def row(times: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One fault, as often as it was made, as cells: `median / worst` where it was made several times. Beyond its promise is bold."""
+    first = times[0]
+    cells = {name: spread([one["interruption_seconds"][name] for one in times], ".1f") for name in ("core", "plugins", "redis")}
     promised = ""
-    if fault["promise"]:
-        name, limit = fault["promise"]
+    if first["promise"]:
+        name, limit = first["promise"]
         promised = f"{name.capitalize() if name == 'redis' else name} ≤ {limit:g}"
-        if fault["interruption_seconds"][name] > limit:
+        if any(one["interruption_seconds"][name] > limit for one in times):
             cells[name] = f"**{cells[name]}**"
-    http = fault["http"]
+
+    def total(part: str, figure: str) -> int:
+        return sum(one[part][figure] for one in times)
+
     return [
-        fault["title"], *(cells[name] for name in ("core", "plugins", "redis")), promised, f"{http['failed']} of {http['requests']}",
-        f"{http['slowest_seconds']:.1f}", f"{fault['jobs']['accepted']} / {fault['jobs']['lost']}",
-        f"{fault['commits']['acknowledged']:,} / {fault['commits']['lost']}", f"{fault['whole_after_seconds']:.0f}",
+        first["title"], str(len(times)), *cells.values(), promised, f"{total('http', 'failed')} of {total('http', 'requests'):,}",
+        f"{max(one['http']['slowest_seconds'] for one in times):.1f}", f"{total('jobs', 'accepted')} / {total('jobs', 'lost')}",
+        f"{total('commits', 'acknowledged'):,} / {total('commits', 'lost')}", spread([one["whole_after_seconds"] for one in times], ".0f"),
     ]  # fmt: skip
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """The median and the worst, or the only one."""
+    return f"{values[0]:{form}}" if len(values) == 1 else f"{median(values):{form}} / {max(values):{form}}"
+
+
+def by_title(results: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """What happened at each fault, as often as it was made, in the order in which the faults first came."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        for fault in result["faults"]:
+            found.setdefault(fault["title"], []).append(fault)
+    return list(found.values())
 
 
 def line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def failures(faults: list[Mapping[str, Any]]) -> list[str]:
+def failures(faults: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
     """What the failed requests were told, for each fault that had some."""
-    return [
-        f"- {fault['title']}: " + ", ".join(f"{number} `{what}`" for what, number in fault["http"]["failures"].items())
-        for fault in faults
-        if fault["http"]["failures"]
-    ]
+    told = []
+    for times in faults:
+        answers: Counter[str] = Counter()
+        for one in times:
+            answers.update(one["http"]["failures"])
+        if answers:
+            told.append(f"- {times[0]['title']}: " + ", ".join(f"{number} `{what}`" for what, number in sorted(answers.items())))
+    return told
 
 
-def page(result: Mapping[str, Any]) -> str:
-    """The whole page."""
-    load, machine, commits, jobs, http = (result[name] for name in ("load", "machine", "commits", "jobs", "http"))
-    told = failures(result["faults"])
+def page(results: Sequence[Mapping[str, Any]]) -> str:
+    """The whole page, over all runs."""
+    load, machine = results[0]["load"], results[0]["machine"]
+    faults = by_title(results)
+    told = failures(faults)
+
+    def total(part: str, figure: str) -> int:
+        figures = [result[part][figure] for result in results]
+        return sum(len(each) if isinstance(each, list | dict) else each for each in figures)
+
+    commits = sorted({f"`{result['commit']}`" for result in results})
+    runs = "one run" if len(results) == 1 else f"{len(results)} runs"
     return "\n".join([
         "# What the loss of a host, a process or a link costs",
         "",
-        "<!-- generated by molecule/pairs/load/report.py from what a run wrote down: `bin/soak --each` measures again -->",
+        "<!-- generated by molecule/pairs/load/report.py from what runs wrote down: `bin/soak` (`--each`, `--times`) measures again -->",
         "",
-        f"Measured at commit `{result['commit']}` on {result['at'][:10]}: {machine['hosts']} lab hosts on one machine with "
-        f"{machine['cores']} cores ({machine['processor']}), {result['seconds']} s, one fault after another under steady load: "
-        f"{load['writes_per_second']} commits a second into each cluster, {load['requests_per_second']} pages a second, "
-        f"{load['jobs_per_minute']} jobs a minute, all through the addresses that users and the application have. "
+        f"Measured at commit {', '.join(commits)} on {results[0]['at'][:10]}: {machine['hosts']} lab hosts on one machine with "
+        f"{machine['cores']} cores ({machine['processor']}), {runs}, {sum(result['seconds'] for result in results)} s in all, one fault "
+        f"after another under steady load: {load['writes_per_second']} commits a second into each cluster, {load['requests_per_second']} "
+        f"pages a second, {load['jobs_per_minute']} jobs a minute, all through the addresses that users and the application have. "
         "A machine with a core for each host is faster; the time-outs that decide most of it are the same.",
         "",
-        f"**Lost: {commits['lost']} of {commits['acknowledged']:,} acknowledged commits, {len(jobs['lost'])} of {jobs['accepted']} "
-        f"accepted jobs. Doubled: {commits['doubled']} commits. Jobs without the one result they should have: {len(jobs['wrong'])}.** "
-        f"{http['failed']} of {http['requests']:,} page requests failed, all faults together.",
+        f"**Lost: {total('commits', 'lost')} of {total('commits', 'acknowledged'):,} acknowledged commits, {total('jobs', 'lost')} of "
+        f"{total('jobs', 'accepted')} accepted jobs. Doubled: {total('commits', 'doubled')} commits. Jobs without the one result they "
+        f"should have: {total('jobs', 'wrong')}.** {total('http', 'failed')} of {total('http', 'requests'):,} page requests failed, all "
+        "faults together.",
         "",
         line(list(COLUMNS)),
         line(["---", *["--:"] * (len(COLUMNS) - 1)]),
-        *(line(row(fault)) for fault in result["faults"]),
+        *(line(row(times)) for times in faults),
         "",
+        "- *times*: how often it was made. Seconds of a fault that was made several times are the median and, after the slash, the worst; "
+        "what is counted is counted over all of them.",
         "- *core s*, *plugins s*, *Redis s*: the longest time between two acknowledged writes, beyond the usual one. The clusters are "
         "written to over the application's own connection URL, Redis by asking the Sentinels. Bold: more than is promised.",
         "- *HTTP failed*: requests that were under way between the fault and the moment when everything was whole again, and got no "
         "page: any answer but 200, or none within 30 s.",
         "- *jobs lost*: accepted (2xx), and not done or failed with a reason at the end. *commits lost*: acknowledged, and not in the "
-        f"table afterwards. {commits['unacknowledged']} commits are there that nobody was told of, which is allowed: their writers got "
-        "an error and knew nothing.",
+        f"table afterwards. {total('commits', 'unacknowledged')} commits are there that nobody was told of, which is allowed: their "
+        "writers got an error and knew nothing.",
         "- *whole again s*: until each cluster has its synchronous standby, Redis its replicas, and every process is healthy; from the "
         "fault where things come back by themselves, otherwise from the moment when the host or the link is back.",
-        f"- The job that took longest was over {jobs['worst_seconds']:g} s after it was accepted.",
+        f"- The job that took longest was over {max(result['jobs']['worst_seconds'] for result in results):g} s after it was accepted.",
         *(["", "What the requests that failed were told:", "", *told] if told else []),
         "",
     ])  # fmt: skip
 
 
 if __name__ == "__main__":
-    sys.stdout.write(page(json.loads(Path(sys.argv[1]).read_text())))
+    sys.stdout.write(page([json.loads(Path(name).read_text()) for name in sys.argv[1:]]))
