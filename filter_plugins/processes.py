@@ -171,7 +171,7 @@ def _writable_paths(contract: Mapping[str, Any], process: str) -> list[str]:
 
 
 def process_units(contract: Mapping[str, Any], group_names: Sequence[str]) -> list[dict[str, Any]]:
-    """The entries of a `units` task for this host: sockets before services, services before timers.
+    """The entries of a `units` task for this host: services before timers.
 
     Each process also has a unit that nothing starts but a person: the dry run of its start.
     A process is restarted when it has not seen the present release, variables, steps or credentials.
@@ -205,9 +205,8 @@ def process_units(contract: Mapping[str, Any], group_names: Sequence[str]) -> li
             timer = {"name": process["timer"], "template": "process.timer.j2", "vars": template_vars}
             units += [service, {**timer, **running}]
             continue
-        if process["kind"] == "web":
-            socket = {"name": process["socket"], "template": "process.socket.j2", "vars": template_vars}
-            units.append({**socket, **running})
+        if process["kind"] == "web":  # earlier versions had its socket in a unit
+            units.append({"name": process["socket"], "state": "absent"})
         units.append({**service, **running, "restart_on": triggers})
     return units
 
