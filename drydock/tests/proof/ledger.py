@@ -40,6 +40,8 @@ KINDS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
 DONE, FAILED = {"done", "ready", "compiled"}, {"failed"}
 UNREACHABLE = (OSError, http.client.HTTPException)
 ASKED_TWICE = 200
+# The rate limit and a database that is away: both say when to come again.
+LATER, SAME_AGAIN_TRIES = (429, 503), 20
 # Before a request is sent again, when its answer does not say how long to wait.
 PAUSE_SECONDS = 0.2
 
@@ -306,15 +308,16 @@ def _effects(person: Person, said: dict[str, Any]) -> int:
 
 
 def _same_again(person: Person, ledger: Ledger, key: str) -> bool:
-    """Ask for the same once more, as soon as the rate limit allows: it must be the same."""
-    try:
-        status, _, headers = post(person, ledger.asked[key])
-        while status == 429:
-            time.sleep(float(headers["Retry-After"]))
+    """Ask for the same once more, as often as it is told to come later: it must be the same."""
+    for _ in range(SAME_AGAIN_TRIES):
+        try:
             status, _, headers = post(person, ledger.asked[key])
-    except UNREACHABLE:
-        return False
-    return 200 <= status < 300 and headers["Location"] == ledger.accepted[key]["location"]
+        except UNREACHABLE:
+            return False
+        if status not in LATER:
+            return 200 <= status < 300 and headers["Location"] == ledger.accepted[key]["location"]
+        time.sleep(float(headers["Retry-After"] or 1))
+    return False
 
 
 # --- Figures and the command ------------------------------------------------------------------------------------------

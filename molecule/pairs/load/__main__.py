@@ -56,9 +56,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10, help="for how long random faults happen (default: 10)")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="decides which faults, and when")
     parser.add_argument("--each", action="store_true", help="instead: each fault once, one after another")
-    parser.add_argument("--times", type=int, default=1, help="with --each: so many times (default: 1)")
+    parser.add_argument("--times", type=int, default=1, help="with --each: how often (default: 1)")
     parser.add_argument("--only", default="", metavar="WORDS", help="only faults whose title has these words in it")
     chosen = parser.parse_args()
+    if chosen.times < 1 or (chosen.times > 1 and not chosen.each):
+        parser.error("--times is how often --each makes each fault: type for example --each --times 3")
     faults = [fault for fault in FAULTS if chosen.only in fault.title]
     if not faults:
         parser.error(f"no fault has {chosen.only!r} in its title; there are: {'; '.join(fault.title for fault in FAULTS)}")

@@ -166,7 +166,11 @@ def clock_ahead_of(platform: Platform, host: str, units: list[str]) -> None:
         f"printf %s {shlex.quote(CLOCK_PROGRAM)} > {CLOCK_FOLDER}/sitecustomize.py",
         *(f"printf %s {shlex.quote(CLOCK_SETTING)} > {folder}/clock.conf" for folder in folders),
         f"systemctl daemon-reload && systemctl restart {' '.join(units)}",
-        *(f"sleep 2; grep -qz FAKETIME=+120s /proc/$(systemctl show -p MainPID --value {unit})/environ" for unit in units),
+        *(
+            f"for second in $(seq 120); do grep -qsz FAKETIME=+120s /proc/$(systemctl show -p MainPID --value {unit})/environ && exit; "
+            "sleep 1; done; exit 1"
+            for unit in units
+        ),
     ):
         platform.ssh(host, command, limit_seconds=240)
 

@@ -98,7 +98,8 @@ class Jobs:
             total.failed += found.failed
             total.lost += found.lost
             kinds = {"has no result": found.effects_missing, "has more than one result": found.effects_doubled,
-                     "failed without a reason": found.unexplained, "was made again for the same key": found.accepted_twice}  # fmt: skip
+                     "failed without a reason": found.unexplained,
+                     "got another answer when its key was sent again": found.accepted_twice}  # fmt: skip
             total.wrong |= {location: how for how, locations in kinds.items() for location in locations}
             for reason, times in found.reasons.items():
                 total.reasons[reason] = total.reasons.get(reason, 0) + times

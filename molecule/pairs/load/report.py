@@ -117,4 +117,6 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit("name the results of the runs, as they stand in $EVENKEEL_STATE/failover: report.py RESULT.json…")
     sys.stdout.write(page([json.loads(Path(name).read_text()) for name in sys.argv[1:]]))
