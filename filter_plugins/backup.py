@@ -71,7 +71,7 @@ def repository_units(clusters: Sequence[str], settings: Mapping[str, Any]) -> li
 
 
 def member_units(clusters: Sequence[str], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The units of a database host. settings: directories (that it writes to, and of metrics), files (the certificate's), memory_mb."""
+    """The units of a database host. settings: directories (that it writes to, and of metrics), files (the certificate's)."""
     agent = {"description": "Reads this host's clusters for their backups", "user": "postgres", "config": "member"}
     watch = {
         "description": "Whether the WAL of cluster %i is archived",

@@ -470,16 +470,22 @@ class Suite:
         """Write what the repositories hold for the node exporter."""
         write_metrics("backup.prom", backup_metrics({cluster: self.holdings(cluster) for cluster in self.clusters}))
 
-    def prepare(self) -> bool:
-        """Create what is missing for the clusters in the repositories; say whether something was. One that cannot be read is left alone."""
-        changed = False
+    def prepare(self) -> dict[str, Any]:
+        """Create what is missing for the clusters in the repositories. One that cannot be read is left alone.
+
+        {changed: whether something was missing, without_backup: names of the clusters that lack a backup in a repository}
+        """
+        changed, without_backup = False, []
         for cluster in self.clusters:
-            missing = [holding.repository for holding in self.holdings(cluster) if holding.missing]
+            holdings = self.holdings(cluster)
+            missing = [holding.repository for holding in holdings if holding.missing]
             if missing:
                 self.call("stanza-create", cluster)
                 print(f"{cluster}: made ready in repository {' and '.join(missing)}")
                 changed = True
-        return changed
+            if any(holding.missing or not (holding.problem or holding.backups) for holding in holdings):
+                without_backup.append(cluster)
+        return {"changed": changed, "without_backup": without_backup}
 
     def verify(self, cluster: str) -> list[str]:
         """What is wrong with the repositories' files, and with the way that WAL takes into them."""
@@ -836,7 +842,7 @@ def work(suite: Suite, options: argparse.Namespace) -> None:
         case "drill":
             suite.drill(options.cluster)
         case "prepare":
-            print("changed" if suite.prepare() else "nothing to do")
+            print(json.dumps(suite.prepare()))
         case "metrics":
             suite.metrics()
 
