@@ -16,6 +16,7 @@ import testinfra
 ROOT = Path(__file__).resolve().parents[3]
 STATE = Path(os.environ.get("EVENKEEL_STATE") or Path.home() / ".local/state/evenkeel")
 INVENTORY = ROOT / "molecule/inventory"
+KEPT = STATE / "inventories/molecule"  # what the controller keeps of the platform
 ADDRESS = "10.87.2.11"
 
 
@@ -42,7 +43,7 @@ def playbook(name: str, *arguments: str, inventory: Path = INVENTORY) -> Run:
 
 
 def secret(name: str) -> str:
-    return (STATE / "inventories/molecule/secrets" / name).read_text().split()[0]
+    return (KEPT / "secrets" / name).read_text().split()[0]
 
 
 def submit(user: requests.Session, url: str, body: dict[str, str]) -> requests.Response:
@@ -64,7 +65,7 @@ def url() -> str:
 
 @pytest.fixture(scope="session")
 def ca() -> str:
-    return str(STATE / "inventories/molecule/pki/ca.crt")
+    return str(KEPT / "pki/ca.crt")
 
 
 @pytest.fixture

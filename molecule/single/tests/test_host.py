@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import requests
 import testinfra
-from conftest import ADDRESS, STATE, secret
+from conftest import ADDRESS, KEPT, secret
 
 SERVICES = {
-    "drydock-logs", "drydock-prune-uploads", "drydock-recompute-availability", "drydock-relay", "drydock-script-processor", "drydock-web",
+    "archive-core", "archive-plugins", "backup-agent", "backup-core", "backup-plugins", "backup-repository", "drydock-logs",
+    "drydock-prune-uploads", "drydock-recompute-availability", "drydock-relay", "drydock-script-processor", "drydock-web",
     "drydock-worker-export", "drydock-worker-latex", "etcd", "object-storage", "pg-maintenance-core", "pg-maintenance-plugins",
-    "postgresql-core", "postgresql-plugins", "proxy", "redis",
+    "postgresql-core", "postgresql-plugins", "proxy", "redis", "restore-drill-core", "restore-drill-plugins",
 }  # fmt: skip
 
 
@@ -120,9 +121,9 @@ def test_private_files_are_private(host: testinfra.host.Host) -> None:
     ):
         file = host.file(path)
         assert (file.mode, file.user) == (mode, owner), path
-    for path in (STATE / "inventories/molecule/secrets").iterdir():
+    for path in (KEPT / "secrets").iterdir():
         assert path.stat().st_mode & 0o077 == 0, path
-    assert (STATE / "inventories/molecule/pki/ca.key").stat().st_mode & 0o077 == 0
+    assert (KEPT / "pki/ca.key").stat().st_mode & 0o077 == 0
 
 
 def test_no_secret_in_processes_units_or_journal(host: testinfra.host.Host) -> None:
@@ -131,7 +132,7 @@ def test_no_secret_in_processes_units_or_journal(host: testinfra.host.Host) -> N
         "unit properties": host.check_output("systemctl show '*' --no-pager"),
         "journal": host.check_output("journalctl --no-pager -o cat"),
     }
-    for path in (STATE / "inventories/molecule/secrets").iterdir():
+    for path in (KEPT / "secrets").iterdir():
         value = path.read_text().split()[0]
         for place, text in places.items():
             assert value not in text, f"secret {path.name} stands in the {place}"
