@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import testinfra
 import yaml
-from conftest import INVENTORY, ROOT, STATE, Run, playbook
+from conftest import INVENTORY, KEPT, ROOT, STATE, Run, playbook
 
 RELEASES = STATE / "releases/drydock"
 
@@ -86,7 +86,7 @@ def contract(**changes: object) -> dict[str, object]:
 
 
 def test_missing_secret_is_named() -> None:
-    given = {path.name: "x" for path in (STATE / "inventories/molecule/secrets").iterdir()}
+    given = {path.name: "x" for path in (KEPT / "secrets").iterdir()}
     refused(playbook("site", "-e", json.dumps({"secrets": {**given, "redis_health": ""}})), "no value for secrets.redis_health")
 
 
