@@ -71,7 +71,9 @@ def table(host: Host) -> Iterator[Table]:
         host.check_output(f"echo {data} | base64 -d > {TABLE} && systemctl restart {DAEMONS}")
 
     yield change
-    host.check_output(f"mv {TABLE}.kept {TABLE}; rm -f {RESTARTS}; mv {RESTARTS}.kept {RESTARTS} || true; systemctl restart {DAEMONS}")
+    # site.yml would restart a daemon that is hardly older than its table: it cannot know which one the daemon has read
+    put_back = f"mv {TABLE}.kept {TABLE}; rm -f {RESTARTS}; mv {RESTARTS}.kept {RESTARTS} || true"
+    host.check_output(f"{put_back}; sleep 1; systemctl restart {DAEMONS}")
     until("everything is healthy again", lambda: all(row["status"] == "healthy" for row in rows(host).values()))
 
 
