@@ -65,7 +65,7 @@ def test_d3_a_run_that_loses_its_primary_says_so_and_the_next_one_mends_what_it_
 
 def test_the_maintenance_page_is_at_every_proxy_and_own_hosts_pass(platform: Platform) -> None:
     places = [f"https://{platform.address(host)}/login" for host in platform.hosts_of("proxy")]
-    platform.playbook("maintenance", "-e", "page=on", "-e", "reason=a test")
+    platform.playbook("maintenance", "-e", "page=on", "-e", "reason='a test'")
     try:
         assert [platform.ask(place).status_code for place in [*places, f"{platform.url}/login"]] == [503] * (len(places) + 1)
         for host in platform.hosts_of("worker"):
