@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 import testinfra
 from conftest import STATE, secret
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -68,7 +69,8 @@ class Person:
         """Click what leads to another page, and wait for that."""
         page = self.driver.find_element(By.TAG_NAME, "html")
         element.click()
-        WebDriverWait(self.driver, 60).until(staleness_of(page))
+        # while the page is being left, the driver also has other words for that
+        WebDriverWait(self.driver, 60, ignored_exceptions=(WebDriverException,)).until(staleness_of(page))
 
     def text(self) -> str:
         return self.driver.find_element(By.TAG_NAME, "body").text
