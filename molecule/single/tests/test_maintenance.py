@@ -97,7 +97,7 @@ def test_by_hand_it_is_seen_working_and_check_mode_only_looks(host: Host) -> Non
 def test_what_is_not_there_is_refused_in_one_sentence(host: Host) -> None:
     for words, sentence in (
         (["action=reindex", "cluster=core", "database=nope"], 'cluster core has no database "nope"; it has: drydock, postgres'),
-        (["page=on", "reason=a test"], "Ansible has not taken ‘test’ as part of the value, for a blank stands before it."),
+        (["page=on", "reason=a test"], 'Ansible has not taken "test" as part of the value, for a blank stands before it.'),
         (["action=rebuild"], "action=rebuild is none of vacuum, reindex, bloat."),
         (["action=vacuum", "table=public.x"], "A database or table is of one cluster: add -e cluster=core or -e cluster=plugins."),
     ):
