@@ -31,6 +31,7 @@ SETTINGS = Path("/etc/evenkeel/backup-member.json")
 SPARE_BYTES = 1024**3
 STOP_SECONDS = 180
 ARCHIVE_SECONDS = 60
+FORK_SECONDS = 30
 START_SECONDS = 24 * 3600
 RECOVERY_SETTINGS = ("restore_command", "recovery_target", "recovery_target_time", "recovery_target_name", "recovery_target_action",
                      "recovery_target_timeline", "recovery_target_inclusive")  # fmt: skip
@@ -246,13 +247,14 @@ class Member:
 
     def wait_recovered(self, log: Path) -> None:
         """Wait until recovery has ended. Until then nobody is let in, so pg_ctl cannot tell."""
-        limit = time.monotonic() + START_SECONDS
-        while time.monotonic() < limit:
+        began, runs = time.monotonic(), False
+        while time.monotonic() < began + START_SECONDS:
             time.sleep(0.5)
             with contextlib.suppress(RestoreError):
                 if self.ask("SELECT pg_is_in_recovery()", str(self.sockets)) == "f":
                     return
-            if not self.recovers():
+            ran, runs = runs, self.recovers()
+            if not runs and (ran or time.monotonic() > began + FORK_SECONDS):
                 raise RestoreError(f"the target was not reached: {fatal(log)}")
         raise RestoreError(f"recovery has not ended after {START_SECONDS / 3600:.0f} hours")
 
