@@ -39,6 +39,7 @@ TYPES = ("full", "diff", "incr")
 SEGMENT_BYTES = 16 * 1024 * 1024
 # Beside the size of the database: WAL that is replayed, and what a file system wants for itself.
 SPARE_BYTES = 1024**3
+FORK_SECONDS = 30
 START_SECONDS = 12 * 3600
 # Settings that recovery needs at least as high as on the server that wrote the WAL, and pg_controldata's names for them
 REPLAY_SETTINGS = {
@@ -615,13 +616,14 @@ class Copy:
         if done.returncode:
             raise BackupError(f"the restored copy of {self.cluster} does not start: {done.stderr.strip()}")
         status = [self.program("pg_ctl"), "-D", str(self.data), "status"]
-        limit = time.monotonic() + START_SECONDS
-        while time.monotonic() < limit:
+        began, runs = time.monotonic(), False
+        while time.monotonic() < began + START_SECONDS:
             time.sleep(0.5)
             with contextlib.suppress(BackupError):
                 if self.ask("SELECT pg_is_in_recovery()") == "f":
                     return
-            if subprocess.run(status, capture_output=True, check=False).returncode:
+            ran, runs = runs, subprocess.run(status, capture_output=True, check=False).returncode == 0
+            if not runs and (ran or time.monotonic() > began + FORK_SECONDS):
                 raise BackupError(f"the restored copy of {self.cluster} does not come up: {fatal(log)}")
         raise BackupError(f"the restored copy of {self.cluster} still recovers after {span_text(START_SECONDS)}")
 
