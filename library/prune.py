@@ -73,6 +73,7 @@ freed_bytes: {description: What was freed or would be; of the application's own 
 releases: {description: Names of the releases that are on the host., type: list, returned: always}
 """
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable
@@ -250,7 +251,8 @@ def main() -> None:
         try:
             said = ask(command, check_mode, module.params["timeout_seconds"])
             changed = changed or not said.startswith("unchanged")
-            lines.append(f"{command['name']:<10} {said}")
+            known = re.escape(command["name"])
+            lines.append(f"{command['name']:<10} {re.sub(f'^(un)?changed ({known}: )?', '', said)}")
         except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
             problems.append(f"{command['name']}: {error}")
     lines.append(f"{'in all':<10} {'would free' if check_mode else 'freed'} {freed / MB:.1f} MB")
