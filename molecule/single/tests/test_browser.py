@@ -106,6 +106,8 @@ def person(url: str) -> Iterator[Callable[..., Person]]:
 @pytest.fixture
 def learner(host: testinfra.host.Host) -> str:
     """A new person whose password is the demo user's."""
+    # a host that has just booted shows the page for bad moments until its web process has started
+    host.check_output("evenkeel-health wait --timeout 240 proxy drydock-web drydock-worker-latex drydock-worker-export")
     name = f"learner-{uuid.uuid4().hex[:8]}"
     host.check_output(f"drydock-run drydock ensure_user --username {name} --password-env DRYDOCK_DEMO_PASSWORD")
     return name

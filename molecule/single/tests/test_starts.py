@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import testinfra
 import yaml
-from conftest import INVENTORY, ROOT, playbook
+from conftest import ADDRESS, INVENTORY, ROOT, playbook
 
 START = """
 - hosts: single
@@ -215,3 +215,25 @@ def test_p1_a_process_that_was_killed_comes_back_by_itself(host: testinfra.host.
     wait_for(lambda: show(host, unit, "InvocationID") != before and show(host, unit, "ActiveState") == "active", f"{unit} stays down")
     assert int(show(host, unit, "NRestarts")) > restarts, "by systemd, not by a person"
     host.check_output(f"evenkeel-health wait --timeout 180 {unit}")
+
+
+def test_a_web_process_keeps_its_address_over_a_restart_and_gives_it_up_when_it_is_stopped(host: testinfra.host.Host) -> None:
+    ask = f"curl -s -o /dev/null -w '%{{http_code}} %{{exitcode}}\\n' --max-time 60 http://{ADDRESS}:8000/webgateway/"
+    host.check_output("systemd-run --quiet --unit=test-asker bash -c %s", f"while :; do {ask}; sleep 0.02; done >/run/asked")
+
+    def answers() -> list[str]:
+        return str(host.check_output("cat /run/asked")).splitlines()
+
+    try:
+        wait_for(answers, "nobody asks")
+        before = len(answers())
+        host.check_output("systemctl restart drydock-web")
+        after = len(answers())
+        wait_for(lambda: len(answers()) > after + 5, "no answer after the restart")
+        assert len(answers()) > before
+        assert set(answers()) == {"200 0"}, "whoever comes while it restarts waits, and is not refused"
+        host.check_output("systemctl stop drydock-web")
+        assert host.run(ask).stdout.split() == ["000", "7"], "refused at once: the proxy asks another host"
+    finally:
+        host.check_output("systemctl stop test-asker; rm -f /run/asked; systemctl start drydock-web")
+    host.check_output("evenkeel-health wait --timeout 180 drydock-web")
