@@ -387,3 +387,36 @@ def test_timers_are_there_for_each_cluster_and_type() -> None:
         for cluster in ("core", "plugins")
     }
     assert units.clusters_of({"core": {"members": [{"name": "a"}]}, "plugins": {"members": [{"name": "b"}]}}, "a").keys() == {"core"}
+
+
+def test_a_cluster_has_a_first_backup_begun_until_each_repository_that_can_be_read_holds_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"repositories": {}, "clusters": {"a": {}, "b": {}, "c": {}, "d": {}}, "directory": "/x", "binaries": "/x", "groups": []}
+    suite = b.Suite({**settings, "lost_rows": 0})
+    held, silent, empty = holding(backup("one", HOUR)), b.Holding("s3", 2, problem="it burns"), holding()
+    there = {"a": [held, silent], "b": [held, empty], "c": [b.Holding("host", 1, missing=True), silent], "d": [silent, silent]}
+    made: list[tuple[str, ...]] = []
+    monkeypatch.setattr(suite, "holdings", lambda cluster: there[cluster])
+    monkeypatch.setattr(suite, "call", lambda *words: made.append(words))
+    assert suite.prepare() == {"changed": True, "without_backup": ["b", "c"]}
+    assert made == [("stanza-create", "c")]
+
+
+@pytest.mark.parametrize(
+    ("seen", "pauses"), [([False, True, True, False], 4), ([True, False], 2), ([False] * 200, 61)], ids=["late", "died", "never there"]
+)
+def test_a_server_that_recovers_is_dead_when_it_was_there_and_is_gone(
+    seen: list[bool], pauses: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: str) -> str:
+        raise member.RestoreError("nobody is let in")
+
+    now = [0.0]
+    settings = {"clusters": {"core": {"port": 5432, "data": str(tmp_path / "core/pgdata")}}, "binaries": "/x"}
+    own = member.Member("core", settings)
+    monkeypatch.setattr(own, "ask", refuse)
+    monkeypatch.setattr(own, "recovers", iter(seen).__next__)
+    monkeypatch.setattr(member.time, "sleep", lambda seconds: now.append(now[-1] + seconds))
+    monkeypatch.setattr(member.time, "monotonic", lambda: now[-1])
+    with pytest.raises(member.RestoreError, match="the target was not reached"):
+        own.wait_recovered(tmp_path / "log")
+    assert len(now) - 1 == pauses
