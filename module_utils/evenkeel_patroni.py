@@ -208,7 +208,9 @@ class Rest:
 
 def _problem(error: urllib.error.HTTPError, path: str) -> ClusterError:
     kind = {401: DeniedError, 409: ConflictError}.get(error.code, ClusterError)
-    return kind(f"Patroni answered {error.code} to {path}: {error.read().decode(errors='replace')[:300]}")
+    body = error.read().decode(errors="replace")
+    said = error.reason if body.lstrip().startswith("<") else body[:300]  # where Patroni has no words of its own, Python writes a page
+    return kind(f"Patroni answered {error.code} to {path}: {said}")
 
 
 def wait_for(seconds: float, look: Callable[[], Sequence[str]]) -> list[str]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import io
+from email.message import Message
 from types import SimpleNamespace
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
-from ansible.module_utils.evenkeel_patroni import ConflictError, DeniedError
+from ansible.module_utils import evenkeel_patroni
+from ansible.module_utils.evenkeel_patroni import ClusterError, ConflictError, DeniedError
 from conftest import ROOT, load
 
 module = load(ROOT / "roles/postgresql/library/patroni_cluster.py")
@@ -82,6 +86,29 @@ def test_settings_that_another_member_changed_at_the_same_moment_are_looked_at_a
     assert module.bring_in_line(rest, wanted, check_mode=False) == ({"ttl": 20, "loop_wait": 10}, {"loop_wait": 5})
     assert tried == [wanted, {"loop_wait": 5}]
     assert module.bring_in_line(rest, wanted, check_mode=False)[1] == {}
+
+
+def test_a_cluster_whose_settings_are_not_in_etcd_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a restore its state in etcd is removed, and Patroni answers 502 to /config until it has written its settings again."""
+    monkeypatch.setattr(evenkeel_patroni.time, "sleep", lambda seconds: None)
+    answers: dict[str, Any] = {
+        "/patroni": {"state": "running"},
+        "/cluster": {"members": [{"name": "a", "role": "leader", "state": "running"}]},
+    }
+    asked: list[str] = []
+
+    def ask(path: str) -> dict[str, Any]:
+        asked.append(path)
+        if path == "/config" and asked.count(path) < 3:
+            page = io.BytesIO(b"<!DOCTYPE HTML>\n<h1>Error response</h1>")
+            raise evenkeel_patroni._problem(HTTPError("https://a:8008", 502, "Bad Gateway", Message(), page), path)
+        return dict(answers.get(path, {}))
+
+    module.wait_ready(SimpleNamespace(ask=ask), 60)
+    assert asked.count("/config") == 3
+    asked.clear()
+    with pytest.raises(ClusterError, match=r"not ready after 0 s: .*answered 502 to /config: Bad Gateway"):
+        module.wait_ready(SimpleNamespace(ask=ask), 0)
 
 
 def test_a_password_that_stays_wrong_ends(monkeypatch: pytest.MonkeyPatch) -> None:

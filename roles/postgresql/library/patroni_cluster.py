@@ -236,13 +236,20 @@ def bring_in_line(rest: Rest, settings: dict[str, Any], *, check_mode: bool) -> 
 
 
 def wait_ready(rest: Rest, seconds: int) -> None:
-    """Wait until this member runs and the cluster has a primary."""
+    """Wait until this member runs, the cluster has a primary, and etcd has its shared settings.
+
+    A cluster whose state in etcd was removed (after a restore) runs before Patroni has written its settings there again.
+    """
 
     def look() -> list[str]:
         state = str(rest.ask("/patroni").get("state"))
         leader = parse_cluster(rest.ask("/cluster")).leader
         missing = [] if state in ("running", "streaming") else [f"this member is {state}"]
-        return missing if leader and leader.takes_part else [*missing, "the cluster has no running primary"]
+        if not (leader and leader.takes_part):
+            missing.append("the cluster has no running primary")
+        if not missing:
+            rest.ask("/config")
+        return missing
 
     missing = wait_for(seconds, look)
     if missing:
