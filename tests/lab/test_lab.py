@@ -265,6 +265,16 @@ def test_killed_up_is_finished_by_the_next_and_removed_without_a_trace(lab: Lab,
     assert lab.traces(bridge) == {}
 
 
+def test_up_killed_right_after_it_made_the_bridge_is_finished_by_the_next(lab: Lab) -> None:
+    lab.up()
+    bridge = lab.bridge()
+    assert Path(f"/sys/class/net/{bridge}/bridge").exists(), f"{bridge} is no bridge, so not this lab's"
+    run("ip", "address", "flush", "dev", bridge)
+    run("ip", "link", "set", bridge, "down")
+    lab.up()
+    assert lab.ssh(next(iter(lab.hosts)), "hostname").strip() in lab.hosts
+
+
 def test_second_host_downloads_nothing(lab: Lab) -> None:
     lab.up()
     log = STATE / "apt-cache/log/apt-cacher.log"

@@ -383,8 +383,9 @@ def raise_network(lab: Lab, cache_port: int) -> bool:
     if created:
         refuse_used_subnet(lab)
         run("ip", "link", "add", lab.bridge, "type", "bridge")
-        run("ip", "address", "add", f"{lab.gateway}/{lab.network.prefixlen}", "dev", lab.bridge)
-        run("ip", "link", "set", lab.bridge, "up")
+    # whoever made the bridge may have been killed before it did this
+    run("ip", "address", "replace", f"{lab.gateway}/{lab.network.prefixlen}", "dev", lab.bridge)
+    run("ip", "link", "set", lab.bridge, "up")
     # lets the DNAT below reach a daemon that listens on loopback only
     sysctl_path(f"net.ipv4.conf.{lab.bridge}.route_localnet").write_text("1")
     rules = f"""
