@@ -248,6 +248,18 @@ class Platform:
             found = [problem for problems in pool.map(lambda probe: probe(), probes) for problem in problems]
         return found or self._etcd_problems()
 
+    def evidence(self, problems: Iterable[str]) -> str:
+        """What the hosts that the problems name say of themselves, for whoever reads of a failure when the hosts are gone."""
+        told = []
+        for what, host in dict.fromkeys(re.findall(r"(\S+) on ([\w-]+)", "\n".join(problems))):
+            unit = f"{self.app['name']}-{what}" if what in self.app["processes"] else what
+            ask = f"evenkeel-health status; journalctl --no-pager -o short-precise -n 80 -u {shlex.quote(unit)}"
+            try:
+                told.append(f"--- {what} on {host}\n{self.ssh(host, ask, limit_seconds=30)}")
+            except (OSError, subprocess.SubprocessError) as error:
+                told.append(f"--- {what} on {host}: {error}")
+        return "\n".join(told)
+
     def _bearer(self, variable: str) -> str:
         named = re.search(r"secrets\.(\w+)", self.app["secrets"][variable])
         return self.secret(named.group(1)) if named else ""

@@ -29,7 +29,8 @@ PEOPLE = 4
 CALM_SECONDS = 10
 #: All must have been well for so long before the platform counts as whole again.
 STEADY_SECONDS = 3
-WHOLE_LIMIT_SECONDS = 240
+#: A service that does not come back by itself is restarted after 30 failed checks, five minutes.
+WHOLE_LIMIT_SECONDS = 420
 SERVING_LIMIT_SECONDS = 120
 JOBS_LIMIT_SECONDS = 300
 
@@ -141,7 +142,8 @@ class Run:
         seen: list[tuple[float, bool]] = []
         while (back := back_since(seen, STEADY_SECONDS)) is None:
             if time.monotonic() > over + WHOLE_LIMIT_SECONDS:
-                raise NotInTimeError(f"not whole again {WHOLE_LIMIT_SECONDS} s after: {fault.title} ({window.hit}): {self.last_unwell}")
+                told = f"not whole again {WHOLE_LIMIT_SECONDS} s after: {fault.title} ({window.hit}): {self.last_unwell}"
+                raise NotInTimeError(f"{told}\n{self.platform.evidence(self.last_unwell)}")
             moment = time.monotonic()
             seen.append((moment, not self._note_unwell()))
             time.sleep(max(0.0, moment + 1 - time.monotonic()))
