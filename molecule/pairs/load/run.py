@@ -29,8 +29,7 @@ PEOPLE = 4
 CALM_SECONDS = 10
 #: All must have been well for so long before the platform counts as whole again.
 STEADY_SECONDS = 3
-#: A service that does not come back by itself is restarted after 30 failed checks, five minutes.
-WHOLE_LIMIT_SECONDS = 420
+WHOLE_LIMIT_SECONDS = 240
 SERVING_LIMIT_SECONDS = 120
 JOBS_LIMIT_SECONDS = 300
 
