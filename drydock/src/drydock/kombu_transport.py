@@ -5,6 +5,9 @@
   name then.
 - A bell whose acknowledgement failed stays in the worker's hands, which are full with it, and it never asks for another
   one. Here it lets go. (Redis has kept the bell, and rings it again after the visibility timeout, which does no harm.)
+- Losing any connection takes the asking for bells out of the event loop. The worker is expected to connect anew
+  then, and does not if the loss concerned nobody else. And what it believes to have in hand may be lost on the way.
+  Here a worker that has nothing to do and does not ask gives up, too.
 """
 
 import select
@@ -37,16 +40,36 @@ class _QoS(redis.QoS):
 class _AttentiveChannel:
     QoS = _QoS
     _asked = 0.0
+    _idle_since = float("inf")
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         super()._brpop_start(timeout)  # type: ignore[misc]
         self._asked = time.monotonic()
 
-    def give_up_silent(self) -> None:
-        """Close the connection, and raise what says so, when an answer is overdue."""
-        connection: Any = getattr(self, "_in_poll", None)
+    def look_after(self) -> None:
+        """Raise what makes the worker connect anew, when an answer is overdue or nobody asks."""
+        if getattr(self, "_in_poll", None):
+            self._idle_since = float("inf")
+            self._give_up_silent()
+        else:
+            self._give_up_idle()
+
+    def _give_up_idle(self) -> None:
+        from celery.worker import state  # only workers come here, and nobody else wants what it imports
+
+        channel: Any = self
+        if not channel.active_queues or (state.reserved_requests and not channel.qos.can_consume()):
+            self._idle_since = float("inf")
+            return
+        now = time.monotonic()
+        self._idle_since = min(self._idle_since, now)
+        if now - self._idle_since >= SILENCE_SECONDS:
+            raise RedisTimeoutError(f"Redis has not been asked for {now - self._asked:.0f} s")
+
+    def _give_up_silent(self) -> None:
+        connection: Any = self._in_poll  # type: ignore[attr-defined]
         silence = time.monotonic() - self._asked
-        if not connection or silence < SILENCE_SECONDS:
+        if silence < SILENCE_SECONDS:
             return
         # After a pause of our own the answer may be there, and unread. The connection's own `can_read` would read it.
         if connection._sock is None or not select.select([connection._sock], [], [], 0)[0]:
@@ -60,11 +83,11 @@ class _AttentiveTransport:
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
         """Look after the channels once a second."""
         super().register_with_event_loop(connection, loop)  # type: ignore[misc]
-        loop.call_repeatedly(1, self._give_up_silent)
+        loop.call_repeatedly(1, self._look_after_channels)
 
-    def _give_up_silent(self) -> None:
+    def _look_after_channels(self) -> None:
         for channel in self.cycle._channels:
-            channel.give_up_silent()
+            channel.look_after()
 
 
 class Channel(_AttentiveChannel, redis.Channel):

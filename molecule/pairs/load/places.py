@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[3]
 STATE = Path(os.environ.get("EVENKEEL_STATE") or Path.home() / ".local/state/evenkeel")
 CLUSTERS = ("core", "plugins")
 MASTER = "main"
+#: Of each unit's journal, when something did not become well.
+EVIDENCE_LINES, EVIDENCE_COLUMNS = 25, 180
 
 sys.path.append(str(ROOT / "filter_plugins"))
 from topology import libpq_url, topology  # noqa: E402
@@ -249,16 +251,27 @@ class Platform:
         return found or self._etcd_problems()
 
     def evidence(self, problems: Iterable[str]) -> str:
-        """What the hosts that the problems name say of themselves, for whoever reads of a failure when the hosts are gone."""
+        """What the hosts that the problems name say of themselves, for whoever reads of a failure when the hosts are gone.
+
+        Lines are cut and the problems come last: a report of a failed run is often its end only.
+        """
+        problems = list(problems)
+        log = f"journalctl --no-pager -o short -n {EVIDENCE_LINES} -u"
+        asked = {f"Redis on {host}": f"{log} redis-server -u redis-sentinel" for host in self.hosts_of("redis")}
+        for what, host in re.findall(r"(\S+) on ([\w-]+)", "\n".join(problems)):
+            process = self.app["processes"].get(what)
+            beside = [name for name, each in self.app["processes"].items() if host in self.hosts_of(each["hosts"])] if process else []
+            units = [f"{self.app['name']}-{name}" for name in dict.fromkeys([what, *beside])] if process else [what]
+            asked[f"{what} on {host}"] = "; ".join(["evenkeel-health status", *(f"{log} {shlex.quote(unit)}" for unit in units)])
         told = []
-        for what, host in dict.fromkeys(re.findall(r"(\S+) on ([\w-]+)", "\n".join(problems))):
-            unit = f"{self.app['name']}-{what}" if what in self.app["processes"] else what
-            ask = f"evenkeel-health status; journalctl --no-pager -o short-precise -n 80 -u {shlex.quote(unit)}"
+        for title, command in asked.items():
+            host = title.rpartition(" ")[2]
             try:
-                told.append(f"--- {what} on {host}\n{self.ssh(host, ask, limit_seconds=30)}")
+                said = self.ssh(host, f"({command}) | cut -c1-{EVIDENCE_COLUMNS}", limit_seconds=30)
             except (OSError, subprocess.SubprocessError) as error:
-                told.append(f"--- {what} on {host}: {error}")
-        return "\n".join(told)
+                said = str(error)
+            told.append(f"--- {title}\n{said}")
+        return "\n".join([*told, *problems])
 
     def _bearer(self, variable: str) -> str:
         named = re.search(r"secrets\.(\w+)", self.app["secrets"][variable])
