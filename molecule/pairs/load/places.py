@@ -262,7 +262,7 @@ class Platform:
             process = self.app["processes"].get(what)
             beside = [name for name, each in self.app["processes"].items() if host in self.hosts_of(each["hosts"])] if process else []
             units = [f"{self.app['name']}-{name}" for name in dict.fromkeys([what, *beside])] if process else [what]
-            asked[f"{what} on {host}"] = "; ".join(["evenkeel-health status", *(f"{log} {shlex.quote(unit)}" for unit in units)])
+            asked.setdefault(f"{what} on {host}", "; ".join(["evenkeel-health status", *(f"{log} {shlex.quote(unit)}" for unit in units)]))
         told = []
         for title, command in asked.items():
             host = title.rpartition(" ")[2]
