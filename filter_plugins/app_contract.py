@@ -183,18 +183,47 @@ PRUNE = Record(
     }
 )
 
+MIGRATIONS = Record(
+    {
+        "django": Field(WORDS, default=list),
+        "settings": Field(Text()),
+        "commands": Field(
+            Record(
+                {
+                    "plan": Field(COMMAND, required=True),
+                    "apply": Field(COMMAND, required=True),
+                    "state": Field(COMMAND),
+                    "reversal": Field(COMMAND),
+                    "reverse": Field(COMMAND),
+                }
+            )
+        ),
+    }
+)
+
+INSTALL = Record(
+    {
+        "project": Field(Text()),
+        "lock": Field(Text()),
+        "requirement": Field(Text(r"[A-Za-z0-9][A-Za-z0-9._-]*", "the name of a package, without a version")),
+        "locks": Field(Text()),
+        "build": Field(WORDS, default=list),
+    }
+)
+WAYS_TO_INSTALL = (("project", "lock"), ("requirement", "locks"))  # from a git repository, from a package index
+
 APP = Record(
     {
         # A Debian user name, a directory and the prefix of unit names at once.
         "name": Field(Text(r"[a-z][a-z0-9-]{0,30}", "small letters, digits and dashes, at most 31"), required=True),
-        "install": Field(Record({"project": Field(Text(), required=True), "lock": Field(Text(), required=True)}), required=True),
+        "install": Field(INSTALL, required=True),
         "packages": Field(WORDS, default=list),
         "environment": Field(VARIABLE, default=dict),
         "secrets": Field(VARIABLE, default=dict),
         "databases": Field(Table(Record({"name": Field(Text(), required=True)})), default=dict),
         "processes": Field(Table(PROCESS, least=1), required=True),
         "bootstrap": Field(Table(Items(STEP)), default=dict),
-        "migrations": Field(Record({"django": Field(WORDS, default=list), "settings": Field(Text())}), default=lambda: {"django": []}),
+        "migrations": Field(MIGRATIONS, default=lambda: {"django": []}),
         "checks": Field(Items(CHECK), default=list),
         "prune": Field(Items(PRUNE), default=list),
     }
@@ -584,12 +613,47 @@ def _circle(first: str, starts: Mapping[str, Sequence[str]]) -> list[str]:
     return []
 
 
+def install_contract(install: Any) -> dict[str, Any]:
+    """Check `app.install`: one way to install, and that one complete."""
+    given = _record(install, INSTALL, "app.install")
+    ways = [way for way in WAYS_TO_INSTALL if any(name in given for name in way)]
+    if len(ways) > 1:
+        first, second = (next(name for name in way if name in given) for way in ways)
+        raise ContractError(
+            f"app.install.{second}: {first} is there, too; give project and lock (a git repository), "
+            "or requirement and locks (a package of an index), not both"
+        )
+    if not ways:
+        raise ContractError("app.install: give project and lock (a git repository), or requirement and locks (a package of an index)")
+    for name in ways[0]:
+        if name not in given:
+            raise ContractError(f"app.install.{name}: is missing")
+    return given
+
+
+def _check_migrations(migrations: Mapping[str, Any]) -> None:
+    """One way to migrate: Django's, or commands of the application's own; who reverses can show what it would do."""
+    path, commands = "app.migrations", migrations.get("commands")
+    if commands and migrations["django"]:
+        raise ContractError(f"{path}.commands: django is there, too; Django's databases need no commands, so keep one of them")
+    if "settings" in migrations and not migrations["django"]:
+        raise ContractError(f"{path}.settings: only Django has settings; name its databases in {path}.django")
+    for one, other in (("reversal", "reverse"), ("reverse", "reversal")):
+        if commands and one in commands and other not in commands:
+            raise ContractError(f"{path}.commands.{other}: is missing; reversal shows what reverse would do, so one needs the other")
+    for alias in migrations["django"]:
+        if migrations["django"].count(alias) > 1:
+            raise ContractError(f"{path}.django: {alias} stands there twice")
+
+
 def app_contract(app: Any, groups: Mapping[str, Sequence[str]], services: Iterable[str] | None = None) -> dict[str, Any]:
     """Check the contract against itself and the inventory's groups, and return it complete.
 
     `services`: names of the services outside the app that have a health check; with them, `after:` is checked too.
     """
     contract = _record(app, APP, "app")
+    contract["install"] = install_contract(contract["install"])
+    _check_migrations(contract["migrations"])
     name = contract["name"]
     if name in {"evenkeel", "root", "postgres", "redis", "etcd", "nginx", "www-data"}:
         raise ContractError(f'app.name: "{name}" belongs to the system; choose another name')
@@ -636,6 +700,15 @@ def _filter(app: Any, groups: Mapping[str, Sequence[str]], services: Iterable[st
         raise AnsibleFilterError(str(error)) from None
 
 
+def _install_filter(install: Any) -> dict[str, Any]:
+    from ansible.errors import AnsibleFilterError
+
+    try:
+        return install_contract(install)
+    except ContractError as error:
+        raise AnsibleFilterError(str(error)) from None
+
+
 def contract_problem(app: Any, groups: Mapping[str, Sequence[str]], services: Iterable[str] | None = None) -> str:
     """What is wrong with the contract, in one sentence; empty when nothing is."""
     try:
@@ -649,4 +722,4 @@ class FilterModule:
     """Gives the filters to Ansible."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
-        return {"app_contract": _filter, "contract_problem": contract_problem}
+        return {"app_contract": _filter, "install_contract": _install_filter, "contract_problem": contract_problem}

@@ -1,25 +1,9 @@
-"""Filters that turn what was collected into text for people: the migration plan, failed checks."""
+"""Filters that turn what was collected into text for people."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-
-def migration_plan_text(plan: Mapping[str, Any], release: str) -> str:
-    """What the gate shows: every pending migration by database, with its operations, and the fingerprint of the whole."""
-    if not plan["pending"]:
-        return f"No migration is pending for release {release}."
-    lines = [f"{len(plan['pending'])} migrations are pending for release {release}:"]
-    database = None
-    for step in plan["pending"]:
-        if step["database"] != database:
-            database = step["database"]
-            lines.append(f"  database {database}")
-        way_back = "" if step["reversible"] else "  (cannot be reversed)"
-        lines.append(f"    {step['app']}.{step['name']}{way_back}")
-        lines += [f"      - {operation}" for operation in step["operations"]]
-    return "\n".join([*lines, f"fingerprint of this plan: {plan['fingerprint']}"])
 
 
 def check_failures(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -49,4 +33,4 @@ class FilterModule:
     """Filters that make text for people."""
 
     def filters(self) -> dict[str, Any]:
-        return {"migration_plan_text": migration_plan_text, "check_failures": check_failures, "command_words": command_words}
+        return {"check_failures": check_failures, "command_words": command_words}

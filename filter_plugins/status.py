@@ -328,7 +328,8 @@ def status_report(
     """The status screen.
 
     answers: result of the module `platform_state` by host (with `msg` and without `state` from a host that does not answer).
-    topology: of the filter `topology`. app_hosts: those that must carry a release. Returns {text, problems: [str]}.
+    topology: of the filter `topology`. app_hosts: those that must carry a release. Returns {text, problems: [str], dangers: [str]}; dangers are problems,
+    too.
     """
     screen = Screen()
     for host, address in topology["addresses"].items():
@@ -359,7 +360,8 @@ def status_report(
     for what, then in problems:
         lines += textwrap.wrap(what, WIDTH, initial_indent="- ", subsequent_indent="  ")
         lines += textwrap.wrap(f"next: {then}", WIDTH, initial_indent="    ", subsequent_indent="    ")
-    return {"text": "\n".join(lines), "problems": [f"{what}; next: {then}" for what, then in problems]}
+    told = [f"{what}; next: {then}" for what, then in problems]
+    return {"text": "\n".join(lines), "problems": told, "dangers": told[: len(screen.dangers)]}
 
 
 def patroni_addresses(topology: Mapping[str, Any], host: str) -> dict[str, str]:

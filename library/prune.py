@@ -137,7 +137,7 @@ def look_releases(folder: Path, keep: int) -> Finding:
 
 
 def look_archives(folder: Path, keep: int, protected: set[str]) -> Finding:
-    """Archives of releases on the controller, and their checksums."""
+    """Archives of releases on the controller."""
     archives = sorted(files(folder, "*.tar"), key=lambda path: path.stat().st_mtime, reverse=True)
     goes = [path for path in archives[keep:] if path.name.removesuffix(".tar") not in protected]
     return Finding("archives", archives, goes, [path.name for path in goes], f" (the newest {keep} stay, and those of releases on hosts)")
@@ -177,13 +177,14 @@ def unit_exists(unit: str) -> bool:
 
 
 def remove(path: Path) -> None:
-    """A file or a folder; an archive goes with its checksum."""
+    """A file or a folder; an archive goes with its signature and its audit."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
         return
     path.unlink(missing_ok=True)
     if path.suffix == ".tar":
-        Path(f"{path}.sha256").unlink(missing_ok=True)
+        Path(f"{path}.sig").unlink(missing_ok=True)
+        path.with_suffix(".audit.json").unlink(missing_ok=True)
 
 
 def findings(params: dict[str, Any]) -> list[Finding]:

@@ -96,7 +96,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 import zipfile
 from typing import Any
@@ -110,6 +109,7 @@ from ansible.module_utils.evenkeel_venv import (
     digest_of,
     parse_lock,
     pins,
+    python_version,
     said,
     wheel_identity,
 )
@@ -141,24 +141,6 @@ def read_stamp(path: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return stamp if isinstance(stamp, dict) else {}
-
-
-def python_version(python: str) -> str:
-    """Return the version of an interpreter."""
-    if os.path.realpath(python) == os.path.realpath(sys.executable):
-        return ".".join(str(number) for number in sys.version_info[:3])
-    try:
-        done = subprocess.run(
-            [python, "-I", "-c", "import sys; print('%d.%d.%d' % sys.version_info[:3])"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise LockError(f"the interpreter {python} does not run on this host: {said(str(error))}") from None
-    return done.stdout.strip()
 
 
 def check_python(python: str, wanted: str) -> None:

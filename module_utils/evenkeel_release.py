@@ -1,34 +1,37 @@
 # Copyright: Evenkeel contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A release: one tar archive with a manifest and a wheelhouse, built once on the controller and verified on every host.
+"""A release: one signed tar archive with a manifest and a wheelhouse, built once on the controller and verified on every host.
 
-Archive `<id>.tar`, with `<id>.tar.sha256` (sha256sum format) beside it:
+Archive `<id>.tar`, with its signature `<id>.tar.sig` (`ssh-keygen -Y sign`, namespace `evenkeel-release`) beside it:
 
     <id>/manifest.json              see `Manifest`
+    <id>/sbom.cdx.json              what it is made of, as CycloneDX
     <id>/wheelhouse/*.whl           the project and all that it depends on
     <id>/wheelhouse/requirements.lock   every wheel with its hash
 
-The same commit gives the same bytes: entries are sorted, times are the commit's, owners are root.
+What hosts need is here; how one is built is in `evenkeel_build`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*\Z")
+COMMIT = re.compile(r"[0-9a-f]{7,64}\Z")
+NAMESPACE = "evenkeel-release"
+BUILD = "build it with playbooks/release.yml"
 
 
 class ReleaseError(Exception):
@@ -37,7 +40,10 @@ class ReleaseError(Exception):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a release says of itself. `files`: path below the release -> sha256, for every file but the manifest."""
+    """What a release says of itself. `files`: path below the release -> sha256, for every file but the manifest.
+
+    source: `git` (commit is a commit id) or `index` (commit is the sha256 of the lock).
+    """
 
     app: str
     id: str
@@ -46,54 +52,12 @@ class Manifest:
     committed: str
     python: str
     files: dict[str, str]
+    source: str = "git"
 
 
 def sha256(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def extract(tar: tarfile.TarFile, folder: Path) -> None:
-    """Unpack plain files and folders, and refuse all else (`extractall(filter=)` is not in the hosts' Python 3.11.2)."""
-    for member in tar.getmembers():
-        parts = Path(member.name).parts
-        content = tar.extractfile(member) if member.isreg() else None
-        if member.name.startswith("/") or ".." in parts or not (member.isdir() or (member.isreg() and content)):
-            raise ReleaseError(f"the archive holds {member.name!r}, which is no plain file or folder below it")
-        target = folder.joinpath(*parts)
-        if content is None:
-            target.mkdir(parents=True, exist_ok=True)
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("wb") as handle:
-            shutil.copyfileobj(content, handle)
-        target.chmod(0o755 if member.mode & 0o100 else 0o644)
-
-
-# --- building, on the controller -----------------------------------------------------------------------------------
-
-
-def git(repository: Path, *arguments: str) -> str:
-    """Run git in the repository; its error becomes a ReleaseError."""
-    done = subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ReleaseError(f"git {' '.join(arguments)}: {done.stderr.strip().splitlines()[-1] if done.stderr else done.returncode}")
-    return done.stdout.strip()
-
-
-def resolve(repository: Path, ref: str) -> str:
-    """The full commit id that a branch, tag or commit names."""
-    try:
-        return git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
-    except ReleaseError:
-        raise ReleaseError(f"'{ref}' is no commit, tag or branch of {repository}: see `git tag` and `git log --oneline`") from None
-
-
-def file_at(repository: Path, commit: str, path: str) -> str:
-    try:
-        return git(repository, "show", f"{commit}:{path}") + "\n"
-    except ReleaseError:
-        raise ReleaseError(f"commit {commit[:12]} has no file {path}: check app.install in the app contract") from None
 
 
 @contextlib.contextmanager
@@ -107,119 +71,88 @@ def partial(directory: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def build_wheel(repository: Path, commit: str, project: str, target: Path, epoch: str) -> Path:
-    """The wheel of the project as it stands in that commit."""
-    with partial(target) as folder:
-        archive = subprocess.run(
-            ["git", "-C", str(repository), "archive", "--format=tar", commit, project], capture_output=True, check=False
-        )
-        if archive.returncode:
-            raise ReleaseError(f"commit {commit[:12]} has no folder {project}: check app.install.project in the app contract")
-        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-            extract(tar, folder)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "-qq",
-            "--no-deps",
-            "--no-cache-dir",
-            "--wheel-dir",
-            str(folder / "out"),
-            str(folder / project),
-        ]
-        built = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "SOURCE_DATE_EPOCH": epoch})
-        if built.returncode:
-            raise ReleaseError(f"building {project} failed: {' / '.join(built.stderr.strip().splitlines()[-3:])}")
-        (wheel,) = (folder / "out").glob("*.whl")
-        return wheel.rename(target / wheel.name)
+# --- who signed it ---------------------------------------------------------------------------------------------------
 
 
-def build(
-    repository: Path,
-    ref: str,
-    app: str,
-    project: str,
-    lock: str,
-    directory: Path,
-    python: str,
-    download: Callable[[Path], Path],
-) -> tuple[Path, bool]:
-    """Build the release of `ref` unless it is there already; returns (archive, built now).
-
-    repository: a git checkout. project, lock: paths below it. directory: where releases are kept. python: the hosts' Python
-    ("3.11"). download: gives a folder with the wheels of a lock file.
-    """
-    commit = resolve(repository, ref)
-    for archive in directory.glob(f"*-{commit[:12]}.tar"):
-        if problem(archive) is None:
-            return archive, False
-    epoch = git(repository, "show", "--no-patch", "--format=%ct", commit)
-    with partial(directory) as folder:
-        lock_text = file_at(repository, commit, lock)
-        lock_file = folder / "requirements.lock"
-        lock_file.write_text(lock_text)
-        own = build_wheel(repository, commit, project, folder, epoch)
-        name, version = own.name.split("-")[:2]
-        release = f"{version}-{commit[:12]}"
-        archive = directory / f"{release}.tar"
-        wheelhouse = folder / release / "wheelhouse"
-        wheelhouse.mkdir(parents=True)
-        for wheel in [*download(lock_file).glob("*.whl"), own]:
-            shutil.copy(wheel, wheelhouse)
-        (wheelhouse / "requirements.lock").write_text(f"{lock_text}\n{name}=={version} --hash=sha256:{sha256(own)}\n")
-        files = {f"wheelhouse/{path.name}": sha256(path) for path in sorted(wheelhouse.iterdir())}
-        committed = git(repository, "show", "--no-patch", "--format=%cI", commit)
-        manifest = Manifest(app, release, version, commit, committed, python, files)
-        (folder / release / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n")
-        pack(folder / release, folder / archive.name, int(epoch))
-        (folder / f"{archive.name}.sha256").write_text(f"{sha256(folder / archive.name)}  {archive.name}\n")
-        (folder / f"{archive.name}.sha256").rename(f"{archive}.sha256")
-        (folder / archive.name).rename(archive)
-    return archive, True
+def ssh_keygen(*arguments: str, signed: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run ssh-keygen, which never asks anybody; `signed` is what it reads."""
+    environment = {**os.environ, "SSH_ASKPASS_REQUIRE": "never", "LC_ALL": "C"}
+    try:
+        with contextlib.ExitStack() as stack:
+            stdin: IO[bytes] | int = stack.enter_context(signed.open("rb")) if signed else subprocess.DEVNULL
+            return subprocess.run(["ssh-keygen", *arguments], stdin=stdin, capture_output=True, text=True, check=False, env=environment)
+    except FileNotFoundError as error:
+        if signed and not signed.exists():
+            raise ReleaseError(f"{signed} is missing") from None
+        raise ReleaseError(f"ssh-keygen is missing, which signs and verifies releases: apt-get install openssh-client ({error})") from None
 
 
-def pack(folder: Path, archive: Path, epoch: int) -> None:
-    """A tar whose bytes depend on the content alone."""
-
-    def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-        entry.uid = entry.gid = 0
-        entry.uname = entry.gname = "root"
-        entry.mtime = epoch
-        entry.mode = 0o755 if entry.isdir() else 0o644
-        return entry
-
-    with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:
-        for path in [folder, *sorted(folder.rglob("*"))]:
-            tar.add(path, arcname=str(path.relative_to(folder.parent)), recursive=False, filter=plain)
+def verify(archive: Path, signature: str, signers: Sequence[str]) -> str:
+    """The principal that signed the archive. signature: text of the file beside it; signers: lines of an allowed_signers file."""
+    name = archive.name.removesuffix(".tar")
+    if not [line for line in signers if line.strip() and not line.startswith("#")]:
+        raise ReleaseError(f"release {name} cannot be verified: release_signers names nobody who may sign releases (see docs/releases.md)")
+    with tempfile.TemporaryDirectory() as folder:
+        allowed, written = Path(folder, "allowed_signers"), Path(folder, "signature")
+        allowed.write_text("".join(f"{line.strip()}\n" for line in signers))
+        written.write_text(f"{signature.strip()}\n")
+        found = ssh_keygen("-Y", "find-principals", "-f", str(allowed), "-s", str(written))
+        principal = found.stdout.partition("\n")[0].partition(",")[0].strip()
+        if found.returncode or not principal:
+            own = ssh_keygen("-Y", "check-novalidate", "-n", NAMESPACE, "-s", str(written), signed=archive)
+            if own.returncode:
+                raise ReleaseError(
+                    f"release archive {archive} is corrupt or was altered: its signature is none of these bytes; {BUILD} again"
+                )
+            key = re.search(r"SHA256:\S+", own.stdout)
+            raise ReleaseError(
+                f"release {name} is signed by a key that may not sign releases ({key.group() if key else 'unknown'}): "
+                "let one of release_signers build it, or add the key there (see docs/releases.md)"
+            )
+        done = ssh_keygen("-Y", "verify", "-f", str(allowed), "-I", principal, "-n", NAMESPACE, "-s", str(written), signed=archive)
+    if done.returncode == 0:
+        return principal
+    if "incorrect signature" in done.stderr:
+        raise ReleaseError(f"release archive {archive} is corrupt or was altered: it is not what {principal} signed; {BUILD} again")
+    said = " ".join((done.stderr or done.stdout).split())
+    raise ReleaseError(f"release {name} is signed by {principal}, but this signature does not count for releases: {said}")
 
 
 # --- checking and unpacking, on the controller and on hosts ----------------------------------------------------------
 
 
-def expected_sha256(archive: Path) -> str:
-    """The hash that was written beside the archive when it was built."""
-    try:
-        return Path(f"{archive}.sha256").read_text().split()[0]
-    except (OSError, IndexError):
-        raise ReleaseError(f"{archive}.sha256 is missing or empty: build the release again with playbooks/release.yml") from None
+def contents(tar: tarfile.TarFile, folder: Path | None = None) -> dict[str, str]:
+    """Path -> sha256 of every file of an archive, written below `folder` when it is given; all but plain files and folders is refused.
+
+    `extractall(filter=)` is not in the hosts' Python 3.11.2.
+    """
+    found: dict[str, str] = {}
+    for member in tar.getmembers():
+        parts = Path(member.name).parts
+        content = tar.extractfile(member) if member.isreg() else None
+        if member.name.startswith("/") or ".." in parts or not (member.isdir() or (member.isreg() and content)):
+            raise ReleaseError(f"the archive holds {member.name!r}, which is no plain file or folder below it")
+        target = folder.joinpath(*parts) if folder else None
+        if content is None:
+            if target:
+                target.mkdir(parents=True, exist_ok=True)
+            continue
+        digest = hashlib.sha256()
+        if target:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") if target else contextlib.nullcontext() as handle:
+            while block := content.read(1 << 20):
+                digest.update(block)
+                if handle:
+                    handle.write(block)
+        if target:
+            target.chmod(0o755 if member.mode & 0o100 else 0o644)
+        found["/".join(parts)] = digest.hexdigest()
+    return found
 
 
-def problem(archive: Path) -> str | None:
-    """What is wrong with an archive on the controller, in one sentence; None when it is whole."""
-    try:
-        if not archive.is_file():
-            return f"there is no release archive {archive}: build it with playbooks/release.yml"
-        if sha256(archive) != expected_sha256(archive):
-            return (
-                f"release archive {archive} is corrupt (its sha256 is not the one recorded when it was built): "
-                f"delete it and build it again with playbooks/release.yml"
-            )
-        read_manifest(archive)
-    except ReleaseError as error:
-        return str(error)
-    return None
+def extract(tar: tarfile.TarFile, folder: Path) -> None:
+    contents(tar, folder)
 
 
 def read_manifest(archive: Path) -> Manifest:
@@ -227,47 +160,101 @@ def read_manifest(archive: Path) -> Manifest:
     try:
         with tarfile.open(archive) as tar:
             member = tar.extractfile(f"{release}/manifest.json")
-            data = json.load(member) if member else {}
-        return Manifest(**data)
+            manifest = Manifest(**(json.load(member) if member else {}))
     except (tarfile.TarError, KeyError, ValueError, TypeError, OSError):
         raise ReleaseError(f"{archive} is not a release archive (no readable {release}/manifest.json in it)") from None
+    if manifest.id != release or not ID_PATTERN.match(release):
+        raise ReleaseError(f"{archive} is not the archive of release {manifest.id!r}: it has been renamed; {BUILD} again")
+    return manifest
 
 
-def choose(directory: Path, wanted: str) -> Path:
-    """The archive that `wanted` names: a release id, the start of a commit, or `latest` (newest by commit time)."""
+def differences(manifest: Manifest, present: Mapping[str, str]) -> list[str]:
+    """Files that are missing, not named by the manifest, or not as it says. present: path -> sha256."""
+    wrong = sorted(set(manifest.files) ^ set(present))
+    return wrong or [path for path, digest in manifest.files.items() if present[path] != digest]
+
+
+def inspect(archive: Path, signature: str, signers: Sequence[str]) -> tuple[Manifest, str]:
+    """Verify the signature and then every file of an archive; returns (manifest, who signed it)."""
+    signer = verify(archive, signature, signers)
+    manifest = read_manifest(archive)
+    with tarfile.open(archive) as tar:
+        present = {path.removeprefix(f"{manifest.id}/"): digest for path, digest in contents(tar).items()}
+    present.pop("manifest.json")
+    wrong = differences(manifest, present)
+    if wrong:
+        raise ReleaseError(f"release {manifest.id} does not match its manifest: {', '.join(wrong[:3])}")
+    return manifest, signer
+
+
+def check(archive: Path, signers: Sequence[str]) -> tuple[Manifest, str]:
+    """Verify an archive on the controller, its signature being beside it; returns (manifest, who signed it)."""
+    if not archive.is_file():
+        raise ReleaseError(f"there is no release archive {archive}: {BUILD}")
+    try:
+        signature = Path(f"{archive}.sig").read_text(errors="replace")
+    except OSError:
+        raise ReleaseError(f"release archive {archive} has no signature ({archive.name}.sig is missing): {BUILD} again") from None
+    return inspect(archive, signature, signers)
+
+
+def choose(directory: Path, wanted: str, commit: str | None = None) -> Path:
+    """The archive that `wanted` names: a release id, a version, the start of a commit (7 digits), or `latest` (built or named last).
+
+    commit: what `wanted` names in a git repository, when it names anything there.
+    """
     archives = sorted(directory.glob("*.tar"))
     if not archives:
         raise ReleaseError(f"no release has been built in {directory}: build one with playbooks/release.yml")
     if wanted == "latest":
         return max(archives, key=lambda path: path.stat().st_mtime)
-    found = [a for a in archives if a.name == f"{wanted}.tar" or a.name.removesuffix(".tar").rpartition("-")[2].startswith(wanted[:12])]
+    names = {archive.name.removesuffix(".tar"): archive for archive in archives}
+    ways = [
+        [name for name in names if name == wanted],
+        [name for name in names if COMMIT.match(wanted) and name.rpartition("-")[2].startswith(wanted[:12])],
+        [name for name in names if commit and name.rpartition("-")[2] == commit[:12]],
+        [name for name in names if name.rpartition("-")[0] == wanted],
+    ]
+    found = next((way for way in ways if way), [])
     if len(found) == 1:
-        return found[0]
-    known = ", ".join(archive.name.removesuffix(".tar") for archive in archives)
-    raise ReleaseError(f"'{wanted}' names {len(found)} releases; there are: {known}")
+        return names[found[0]]
+    if commit and not found:
+        raise ReleaseError(
+            f"'{wanted}' is commit {commit[:12]}, of which there is no release yet: build it with playbooks/release.yml -e ref={wanted}"
+        )
+    raise ReleaseError(f"'{wanted}' names {len(found)} releases; there are: {', '.join(names)}")
 
 
-def unpack(archive: Path, digest: str, releases: Path) -> tuple[Path, bool]:
-    """Verify an archive and unpack it below `releases`; returns (folder, unpacked now). Nothing appears before all is verified."""
-    release = archive.name.removesuffix(".tar")
-    if not ID_PATTERN.match(release):
-        raise ReleaseError(f"'{release}' cannot be the name of a release")
-    target = releases / release
-    if (target / "manifest.json").exists():
+def damage(folder: Path) -> list[str]:
+    """What is missing or altered in an unpacked release; nothing when it is whole."""
+    try:
+        manifest = Manifest(**json.loads((folder / "manifest.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return ["manifest.json"]
+    return [path for path, digest in manifest.files.items() if not (folder / path).is_file() or sha256(folder / path) != digest]
+
+
+def unpack(archive: Path, releases: Path, signature: str, signers: Sequence[str], python: str) -> tuple[Path, bool]:
+    """Verify an archive and unpack it below `releases`; returns (folder, unpacked now). Nothing appears before all is verified.
+
+    python: version of the interpreter that will run it, `3.11.2`. A damaged release gets its files back and keeps what else is in it.
+    """
+    target = releases / archive.name.removesuffix(".tar")
+    if not damage(target):
         return target, False
-    if sha256(archive) != digest:
-        raise ReleaseError(f"{archive} is corrupt on this host: its sha256 is not {digest}; run the deploy again to send it anew")
-    manifest = read_manifest(archive)
+    manifest, _signer = inspect(archive, signature, signers)
+    if python.split(".")[:2] != manifest.python.split("."):
+        raise ReleaseError(f"release {manifest.id} is made for Python {manifest.python}, but this host has Python {python}")
     with partial(releases) as folder:
         with tarfile.open(archive) as tar:
             extract(tar, folder)
-        unpacked = folder / release
-        present = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()} - {"manifest.json"}
-        wrong = sorted(set(manifest.files) ^ present) or [f for f, d in manifest.files.items() if sha256(unpacked / f) != d]
-        if wrong:
-            raise ReleaseError(f"release {release} does not match its manifest: {', '.join(wrong[:3])}")
-        shutil.rmtree(target, ignore_errors=True)
-        unpacked.rename(target)
+        if not target.exists():
+            (folder / manifest.id).rename(target)
+            return target, True
+        for part in sorted((folder / manifest.id).iterdir(), key=lambda path: path.name == "manifest.json"):
+            if (target / part.name).exists():
+                (target / part.name).rename(folder / f"old-{part.name}")
+            part.rename(target / part.name)
     return target, True
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -49,13 +51,23 @@ def digest_of(data: bytes) -> str:
 
 
 def parse_lock(data: bytes, name: str = LOCK_NAME) -> list[Requirement]:
-    """Read a requirements file with hashes; refuse what could install something else on another machine."""
+    """Read a requirements file with hashes, uv among them."""
+    requirements = parse_pins(data, name)
+    if not any(requirement.name == "uv" for requirement in requirements):
+        raise LockError(f"{name} does not contain uv, which installs it on the host; add uv and resolve it again")
+    return requirements
+
+
+def parse_pins(data: bytes, name: str, only: str | None = None) -> list[Requirement]:
+    """Read a requirements file with hashes; refuse what could install something else on another machine. only: look at no other package."""
     requirements: list[Requirement] = []
     for number, line in _logical_lines(data.decode("utf-8", "replace")):
         where = f"{name} line {number}"
+        match = _REQUIREMENT.match(line)
+        if only and not (match and canonical(match["name"]) == only):
+            continue
         if line.startswith("-"):
             raise LockError(f"{where}: options have no place in a lock ({line.split()[0]}); resolve it without them")
-        match = _REQUIREMENT.match(line)
         if match is None:
             raise LockError(f"{where}: {line.split()[0]} is not pinned with ==")
         rest = line[match.end() :]
@@ -69,9 +81,7 @@ def parse_lock(data: bytes, name: str = LOCK_NAME) -> list[Requirement]:
             raise LockError(f"{where}: {match['name']} has no sha256 hash; resolve the lock with --generate-hashes")
         requirements.append(Requirement(canonical(match["name"]), match["version"], hashes))
     if not requirements:
-        raise LockError(f"{name} names no package")
-    if not any(requirement.name == "uv" for requirement in requirements):
-        raise LockError(f"{name} does not contain uv, which installs it on the host; add uv and resolve it again")
+        raise LockError(f"{name} names no package" if only is None else f"{name} does not pin {only}")
     return requirements
 
 
@@ -207,6 +217,24 @@ def said(output: str, limit: int = 600) -> str:
     """Return what a program said as one short line."""
     text = " ".join(output.split())
     return text if len(text) <= limit else "... " + text[-limit:]
+
+
+def python_version(python: str) -> str:
+    """Return the version of an interpreter."""
+    if os.path.realpath(python) == os.path.realpath(sys.executable):
+        return ".".join(str(number) for number in sys.version_info[:3])
+    try:
+        done = subprocess.run(
+            [python, "-I", "-c", "import sys; print('%d.%d.%d' % sys.version_info[:3])"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise LockError(f"the interpreter {python} does not run on this host: {said(str(error))}") from None
+    return done.stdout.strip()
 
 
 def pins(requirements: Sequence[Requirement]) -> list[str]:

@@ -26,7 +26,7 @@ LAB_HOSTS = {"pgbackrest": "ops-1", "proxy": "proxy-1", "redis": "ops-1"}
 # what plays and earlier tasks would have set
 GIVEN = {
     "postgresql_cluster": "core", "pg_maintenance_cluster": "core",
-    "release_app": "app", "release_archive": "/r", "release_id": "1", "release_sha256": "0",
+    "release_app": "app", "release_archive": "/r", "release_id": "1", "release_signature": "/r.sig", "release_signers": [],
     "ansible_managed": "Managed by Ansible",
     "ansible_check_mode": False,
     "ansible_facts": {"default_ipv4": {"interface": "eth0"}},

@@ -101,11 +101,11 @@ def test_the_release_that_runs_stays_however_old_it_is(host: Path, monkeypatch: 
 
 def test_archives_of_releases_that_hosts_carry_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
-        for suffix in (".tar", ".tar.sha256"):
+        for suffix in (".tar", ".tar.sig", ".audit.json"):
             (tmp_path / f"1.{number}{suffix}").write_text("x")
             os.utime(tmp_path / f"1.{number}{suffix}", (number, number))
     run(monkeypatch, archives=str(tmp_path), archives_protected=["1.0"], releases_kept=2)
-    assert everything(tmp_path) == {f"1.{number}{suffix}" for number in (0, 2, 3) for suffix in (".tar", ".tar.sha256")}
+    assert everything(tmp_path) == {f"1.{number}{suffix}" for number in (0, 2, 3) for suffix in (".tar", ".tar.sig", ".audit.json")}
 
 
 def test_the_application_prunes_its_own_and_its_failure_is_told(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -110,9 +111,9 @@ def test_packages_built_from_source(tmp_path: Path) -> None:
 
 def test_another_python_is_refused(library: dict[str, ModuleType]) -> None:
     venv = library["venv"]
-    venv.check_python(venv.sys.executable, "{}.{}".format(*venv.sys.version_info[:2]))
+    venv.check_python(sys.executable, "{}.{}".format(*sys.version_info[:2]))
     with pytest.raises(LockError, match=r"but the lock is for 3\.9"):
-        venv.check_python(venv.sys.executable, "3.9")
+        venv.check_python(sys.executable, "3.9")
     with pytest.raises(LockError, match="does not run on this host"):
         venv.check_python("/not/there/python", "3.11")
 

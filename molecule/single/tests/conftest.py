@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
+import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import requests
 import testinfra
 
-ROOT = Path(__file__).resolve().parents[3]
-STATE = Path(os.environ.get("EVENKEEL_STATE") or Path.home() / ".local/state/evenkeel")
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+import suite
+from suite import ROOT, STATE, Run
+
 INVENTORY = ROOT / "molecule/inventory"
 KEPT = STATE / "inventories/molecule"  # what the controller keeps of the platform
 ADDRESS = "10.87.2.11"
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a playbook run printed and how it ended; counts are summed over all hosts of the recap."""
-
-    code: int
-    output: str
-
-    def count(self, what: str) -> int:
-        recap = self.output.rpartition("PLAY RECAP")[2]
-        return sum(int(number) for number in re.findall(rf"\b{what}=(\d+)", recap))
-
-
 def playbook(name: str, *arguments: str, inventory: Path = INVENTORY) -> Run:
-    """Run a playbook of the suite from the checkout, as the README says."""
-    command = ["ansible-playbook", "-i", str(inventory), f"playbooks/{name}.yml", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
-        env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"},
-    )  # fmt: skip
-    return Run(done.returncode, done.stdout + done.stderr)
+    """Run a playbook of the suite on the host `single`."""
+    return suite.playbook(name, *arguments, inventory=inventory)
 
 
 def secret(name: str) -> str:

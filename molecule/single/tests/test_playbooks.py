@@ -1,20 +1,18 @@
-"""What the playbooks promise: honest check mode, one clear sentence for bad input, the gate, and nothing changed by a refusal."""
+"""What the playbooks promise: honest check mode, one clear sentence for bad input, and nothing changed by a refusal."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import suite
 import testinfra
 import yaml
-from conftest import INVENTORY, KEPT, ROOT, STATE, Run, playbook
-
-RELEASES = STATE / "releases/drydock"
+from conftest import INVENTORY, KEPT, ROOT, Run, playbook
+from suite import RELEASES
 
 
 @pytest.fixture(autouse=True)
@@ -114,19 +112,18 @@ def test_empty_group_is_named(tmp_path: Path) -> None:
     refused(playbook("site", inventory=inventory), "inventory group 'redis' (the message broker) has no host")
 
 
-def test_corrupt_release_is_refused(host: testinfra.host.Host) -> None:
+def test_a_release_that_was_tampered_with_is_refused(host: testinfra.host.Host) -> None:
     newest = max(RELEASES.glob("*.tar"), key=lambda path: path.stat().st_mtime)
     corrupt = RELEASES / "9.9.9-badbadbadbad.tar"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     corrupt.write_bytes(data)
-    Path(f"{corrupt}.sha256").write_text(Path(f"{newest}.sha256").read_text().replace(newest.name, corrupt.name))
+    shutil.copy(f"{newest}.sig", f"{corrupt}.sig")
     before = host.check_output("readlink /opt/drydock/current; ls /opt/drydock/releases")
     try:
-        refused(playbook("deploy", "-e", "release=9.9.9-badbadbadbad"), "is corrupt")
+        refused(playbook("deploy", "-e", "release=9.9.9-badbadbadbad"), str(corrupt), "signature")
     finally:
-        corrupt.unlink()
-        Path(f"{corrupt}.sha256").unlink()
+        suite.remove_release("9.9.9-badbadbadbad")
     assert host.check_output("readlink /opt/drydock/current; ls /opt/drydock/releases") == before
 
 
@@ -144,92 +141,3 @@ def test_deploy_to_a_part_of_the_platform_is_refused() -> None:
 
 def test_unknown_commit_is_named() -> None:
     refused(playbook("release", "-e", "ref=no-such-tag"), "'no-such-tag' is no commit, tag or branch")
-
-
-# --- the gate ----------------------------------------------------------------------------------------------------------
-
-
-MIGRATION = '''"""Adds a column, to be refused."""
-
-from django.db import migrations, models
-
-
-class Migration(migrations.Migration):
-    dependencies = [("documents", "%s")]
-    operations = [migrations.AddField("document", "note", models.TextField(default=""))]
-'''
-
-
-def release_of(folder: Path, path: str, text: str) -> Iterator[str]:
-    """A release of a commit in which one file has this text; removed afterwards, so that `latest` means what it meant."""
-    checkout = folder / "checkout"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(checkout)], check=True)
-    (checkout / path).write_text(text)
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    subprocess.run(["git", "-C", str(checkout), "add", "."], check=True)
-    subprocess.run(["git", "-C", str(checkout), *identity, "commit", "-q", "-m", "Change one file"], check=True)
-    run = playbook("release", "-e", f"repository={checkout}")
-    assert run.code == 0, run.output
-    newest = max(RELEASES.glob("*.tar"), key=lambda path: path.stat().st_mtime)
-    yield newest.name.removesuffix(".tar")
-    newest.unlink()
-    Path(f"{newest}.sha256").unlink()
-
-
-@pytest.fixture
-def release_with_migration(tmp_path: Path) -> Iterator[str]:
-    """A release of a commit that has one more migration."""
-    folder = "drydock/src/drydock/documents/migrations"
-    last = max(path.stem for path in (ROOT / folder).glob("0*.py"))
-    yield from release_of(tmp_path, f"{folder}/9999_note.py", MIGRATION % last)
-
-
-def state_of(host: testinfra.host.Host) -> str:
-    """What a refused deploy must leave alone: the release that runs, the processes, the schema."""
-    return host.check_output(
-        "readlink /opt/drydock/current; systemctl show -p ActiveEnterTimestampMonotonic 'drydock-*';"
-        " for port in 5432 5433; do runuser -u postgres -- pg_dump -p $port --schema-only drydock | grep -v restrict | sha256sum;"
-        " runuser -u postgres -- psql -p $port -Atc 'select app, name from django_migrations order by 1, 2' drydock | sha256sum; done"
-    )
-
-
-def test_pending_migration_stops_the_deploy_until_exactly_it_is_approved(host: testinfra.host.Host, release_with_migration: str) -> None:
-    before = state_of(host)
-    run = playbook("deploy", "-e", f"release={release_with_migration}")
-    assert run.code != 0
-    assert "documents.9999_note" in run.output
-    assert "Add field note to document" in run.output
-    assert "Nothing was changed" in run.output
-    assert "-e migrations_approved=" in run.output
-    assert state_of(host) == before
-
-    run = playbook("deploy", "-e", f"release={release_with_migration}", "-e", "migrations_approved=0123456789abcdef")
-    assert run.code != 0
-    assert "the approval 0123456789abcdef is for another plan" in " ".join(run.output.split())
-    assert state_of(host) == before
-
-    host.check_output(f"rm -rf /opt/drydock/releases/{release_with_migration}")
-
-
-@pytest.fixture
-def release_that_does_not_start(tmp_path: Path) -> Iterator[str]:
-    """A release of a commit whose web process ends at once."""
-    yield from release_of(tmp_path, "drydock/src/drydock/wsgi.py", 'raise RuntimeError("this release does not start")\n')
-
-
-def test_release_that_does_not_start_says_how_to_go_back_and_going_back_works(
-    host: testinfra.host.Host, release_that_does_not_start: str
-) -> None:
-    running = host.check_output("readlink /opt/drydock/current").rpartition("/")[2]
-    try:
-        run = playbook("deploy", "-e", f"release={release_that_does_not_start}")
-        assert run.code != 0
-        text = " ".join(run.output.split())
-        assert f"Release {release_that_does_not_start} did not come up on single" in text
-        assert "this release does not start" in text
-        assert f"To go back to {running}, type:" in text
-    finally:
-        back = playbook("deploy", "-e", f"release={running}")
-    assert back.code == 0, back.output[-3000:]
-    assert playbook("status").code == 0
-    host.check_output(f"rm -rf /opt/drydock/releases/{release_that_does_not_start}")

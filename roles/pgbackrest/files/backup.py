@@ -6,6 +6,7 @@ evenkeel-backup list [CLUSTER] [--json]      what there is, and to which times i
 evenkeel-backup verify [CLUSTER]             are the files in the repositories what was written?
 evenkeel-backup plan CLUSTER… --time TIME    which backup a restore would begin with; --name POINT, --latest
 evenkeel-backup scratch CLUSTER --time TIME  a copy beside, for reading; --drop removes it
+evenkeel-backup rehearsal CLUSTER            a copy for the rehearsal of migrations, as standard input says; --locks, --drop
 evenkeel-backup drill CLUSTER                restore the newest backup, check its content, remove it again
 evenkeel-backup prepare, metrics             for site.yml and the timer
 
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import fcntl
 import grp
+import itertools
 import json
 import os
 import pwd
@@ -58,6 +60,24 @@ SELECT format('%I.%I', schemaname, tablename), (xpath('/row/c/text()',
   query_to_xml(format('SELECT count(*) AS c FROM ONLY %I.%I', schemaname, tablename), false, true, '')))[1]::text
 FROM pg_tables WHERE schemaname NOT IN ('pg_catalog', 'information_schema') ORDER BY 1
 """
+
+# Locks that make users wait, weakest first: writers wait for all, readers for the last
+USERS_WAIT = ("ShareLock", "ShareRowExclusiveLock", "ExclusiveLock", "AccessExclusiveLock")
+SAMPLE_SECONDS = 0.05
+# A table that the transaction itself has made is not seen from here
+SAMPLE_LOCKS = """
+SELECT extract(epoch FROM clock_timestamp()), locks.virtualtransaction, locks.mode, format('%I.%I', space.nspname, held.relname),
+  regexp_replace(activity.application_name, '[^ -~]', '?', 'g')
+FROM pg_locks AS locks JOIN pg_class AS held ON held.oid = locks.relation JOIN pg_namespace AS space ON space.oid = held.relnamespace
+  JOIN pg_stat_activity AS activity ON activity.pid = locks.pid
+WHERE locks.locktype = 'relation' AND locks.granted AND locks.mode ~ '^(Share|ShareRowExclusive|Exclusive|AccessExclusive)Lock$'
+  AND locks.database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND held.relkind IN ('r', 'p', 'm')
+  AND space.nspname !~ '^pg_' AND activity.backend_type = 'client backend'
+UNION ALL SELECT extract(epoch FROM clock_timestamp()), '', '', '', ''
+"""
+MIGRATION = "evenkeel migrate "  # what a session calls itself while it applies a migration; the migration's name follows
+SILENT_SECONDS = 30  # a watch that has said nothing for so long has ended, or had no turn
+YOUNG_SECONDS = 60  # a copy so young is somebody's, who is about to come
 
 
 class BackupError(Exception):
@@ -467,6 +487,16 @@ class Suite:
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
+    def sweep(self) -> None:
+        """Remove what an interrupted rehearsal has left, unless somebody makes one at the moment."""
+        for cluster in self.clusters:
+            copy = Rehearsal(self, cluster)
+            with (self.directory / f"rehearsal-{cluster}.lock").open("w") as file, contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if copy.place.exists() and not copy.in_use():
+                    copy.remove()
+                    print(f"{cluster}: the copy of a rehearsal that has ended is removed", flush=True)
+
     def metrics(self) -> None:
         """Write what the repositories hold for the node exporter."""
         write_metrics("backup.prom", backup_metrics({cluster: self.holdings(cluster) for cluster in self.clusters}))
@@ -544,6 +574,33 @@ class Suite:
             f"  remove:  evenkeel-backup scratch {cluster} --drop"
         )
 
+    def rehearsal(self, cluster: str, room: Room) -> dict[str, Any]:
+        """A copy of the newest backup with all WAL, for a rehearsal: {certificate, at (when it was ready), backup, backup_ended, reached}.
+
+        One that an interrupted rehearsal left is removed; one in use is left alone.
+        """
+        plan = self.plan([cluster], Target("latest"))["clusters"][cluster]
+        with self.alone(cluster, "rehearsal"):
+            copy = Rehearsal(self, cluster, room)
+            if copy.in_use():
+                raise BackupError(
+                    f"another rehearsal has the copy of {cluster} on this host: wait for its end. If nobody rehearses, type here: "
+                    f"evenkeel-backup rehearsal {cluster} --drop"
+                )
+            copy.remove()
+            try:
+                copy.make(plan["number"], plan["backup"], plan["size"], Target("latest"))
+            except BaseException:
+                copy.remove()
+                raise
+            return {
+                "certificate": (copy.place / "copy.crt").read_text(),
+                "at": time.time(),
+                "backup": plan["backup"],
+                "backup_ended": plan["backup_ended"],
+                "reached": copy.ask(LAST_COMMIT),
+            }
+
     def drill(self, cluster: str) -> None:
         """Prove that the newest backup restores; the repositories take turns."""
         with self.alone(cluster, "drill"):
@@ -561,6 +618,7 @@ class Copy:
         self.cluster = cluster
         self.place = suite.directory / f"{purpose}-{cluster}"
         self.data = self.place / "pgdata"
+        self.port = 5432  # in the name of its socket
 
     def program(self, name: str) -> str:
         """Path of one of PostgreSQL's programs."""
@@ -601,6 +659,8 @@ class Copy:
             "shared_buffers": "128MB",
             "track_commit_timestamp": known.get("track_commit_timestamp setting", "off"),
             "timezone": "UTC",
+            # a subscription would connect to its publisher
+            "max_logical_replication_workers": "0",
             **{name: known[title] for name, title in REPLAY_SETTINGS.items()},
         }
         (self.place / "postgresql.conf").write_text("".join(f"{name} = '{value}'\n" for name, value in settings.items()))
@@ -627,10 +687,13 @@ class Copy:
                 raise BackupError(f"the restored copy of {self.cluster} does not come up: {fatal(log)}")
         raise BackupError(f"the restored copy of {self.cluster} still recovers after {span_text(START_SECONDS)}")
 
+    def psql(self, database: str) -> list[str]:
+        """The command line of a client that prints rows."""
+        return [self.program("psql"), "-XAtq", "-F", "\t", "-h", str(self.place), "-p", str(self.port), "-U", "postgres", "-d", database]
+
     def ask(self, sql: str, database: str = "postgres") -> str:
         """The answer to a query."""
-        argv = [self.program("psql"), "-XAtq", "-F", "\t", "-h", str(self.place), "-U", "postgres", "-c", sql, database]
-        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        done = subprocess.run([*self.psql(database), "-c", sql], capture_output=True, text=True, check=False)
         if done.returncode:
             raise BackupError(f"the restored copy of {self.cluster} does not answer: {done.stderr.strip().splitlines()[-1]}")
         return done.stdout.rstrip("\n")
@@ -647,6 +710,128 @@ class Copy:
             subprocess.run(argv, capture_output=True, check=False)
         if self.place.exists():
             shutil.rmtree(self.place)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Who may use a copy that is made for a rehearsal: the application's user, in its database, from one host."""
+
+    database: str
+    user: str
+    address: str  # of this host, where the copy listens
+    port: int
+    client: str  # address of the host with the application
+    names: tuple[str, ...]  # names and addresses of the cluster's members, as which the copy presents itself
+
+
+class Rehearsal(Copy):
+    """A copy that an application host uses through TLS in place of the cluster. Who holds which lock in it is written down."""
+
+    def __init__(self, suite: Suite, cluster: str, room: Room | None = None) -> None:
+        super().__init__(suite, cluster, "rehearsal")
+        self.room = room
+        self.port = room.port if room else 5432
+        self.samples = self.place / "locks"
+
+    def make(self, number: int, label: str, size: int, target: Target) -> None:
+        """Restore, recover and start, and watch its locks from then on."""
+        super().make(number, label, size, target)
+        assert self.room is not None
+        (self.place / "room.json").write_text(json.dumps(asdict(self.room)))
+        with self.samples.open("w") as file:  # it ends with the server
+            argv = self.psql(self.room.database)
+            watch = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=file, stderr=file, text=True, start_new_session=True)
+        assert watch.stdin is not None
+        watch.stdin.write(f"{SAMPLE_LOCKS} \\watch {SAMPLE_SECONDS}\n")
+        watch.stdin.close()
+
+    def configure(self) -> None:
+        """Settings of its own, and a certificate that only this copy has, with the names of the cluster's members."""
+        super().configure()
+        room = self.room
+        assert room is not None
+        names = ",".join(f"IP:{name}" if re.fullmatch(r"[0-9.]+|.*:.*", name) else f"DNS:{name}" for name in room.names)
+        argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "8", "-subj"]
+        argv += ["/CN=rehearsal", "-addext", f"subjectAltName={names}"]
+        argv += ["-keyout", str(self.place / "copy.key"), "-out", str(self.place / "copy.crt")]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            raise BackupError(f"no certificate for the copy of {self.cluster}: {last_error(done.stderr)}")
+        settings = {
+            "listen_addresses": room.address,
+            "port": room.port,
+            "ssl": "on",
+            "ssl_cert_file": str(self.place / "copy.crt"),
+            "ssl_key_file": str(self.place / "copy.key"),
+            "authentication_timeout": "600s",
+        }
+        with (self.place / "postgresql.conf").open("a") as file:
+            file.write("".join(f"{name} = '{value}'\n" for name, value in settings.items()))
+        bits = 128 if ":" in room.client else 32
+        with (self.place / "pg_hba.conf").open("a") as file:
+            file.write(f'hostssl "{room.database}" "{room.user}" {room.client}/{bits} scram-sha-256\n')
+
+    def in_use(self) -> bool:
+        """Whether a rehearsal has this copy: it holds a connection all the time, and begins soon after it was made."""
+        try:
+            room = json.loads((self.place / "room.json").read_text())
+            age = time.time() - (self.place / "room.json").stat().st_mtime
+        except OSError:
+            return False
+        return age < YOUNG_SECONDS or is_connected(int(room["port"]))
+
+    def locks(self) -> list[dict[str, Any]]:
+        """What `held` returns, and how many rows (`rows`) each table has now."""
+        room = Room(**json.loads((self.place / "room.json").read_text()))
+        self.port = room.port
+        samples = self.samples.read_text(errors="replace")
+        silence = longest_silence(samples, (self.place / "room.json").stat().st_mtime, time.time())
+        if silence > SILENT_SECONDS:
+            raise BackupError(
+                f"nobody looked which locks were held in the copy of {self.cluster} for {span_text(silence)}: {last_error(samples)}"
+            )
+        found = held(samples)
+        for each in found:
+            with contextlib.suppress(BackupError):  # it may be gone
+                each["rows"] = int(self.ask(f"SELECT count(*) FROM {each['table']}", room.database))
+        return found
+
+
+def held(samples: str) -> list[dict[str, Any]]:
+    """How long each transaction held the locks of each table that make users wait: [{table, mode, migration, seconds}], longest first.
+
+    samples: rows of SAMPLE_LOCKS. mode: the strongest of them. migration: what the session called itself, empty when it did not say.
+    """
+    spans: dict[tuple[str, str, str], tuple[float, float, int]] = {}  # first and last sample, and the strength
+    for line in samples.splitlines():
+        fields = line.split("\t")
+        if len(fields) != 5 or fields[2] not in USERS_WAIT:
+            continue
+        at, transaction, mode, table, session = fields
+        migration = session.removeprefix(MIGRATION) if session.startswith(MIGRATION) else ""
+        key = (transaction, table, migration)
+        first, _last, strength = spans.get(key, (float(at), 0.0, 0))
+        spans[key] = (first, float(at), max(strength, USERS_WAIT.index(mode)))
+    rows = sorted(spans.items(), key=lambda row: row[1][0] - row[1][1])
+    return [
+        {"table": table, "mode": USERS_WAIT[strength], "migration": migration, "seconds": round(last - first + SAMPLE_SECONDS, 2)}
+        for (_transaction, table, migration), (first, last, strength) in rows
+    ]
+
+
+def longest_silence(samples: str, began: float, now: float) -> float:
+    """The most seconds that went by between two samples, from the beginning until now."""
+    times = [float(found) for found in re.findall(r"^(\d+\.\d+)\t", samples, re.MULTILINE)]
+    return max(after - before for before, after in itertools.pairwise([began, *times, now]))
+
+
+def is_connected(port: int) -> bool:
+    """Whether somebody has a TCP connection to this port of this host."""
+    rows: list[list[str]] = []
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            rows += [line.split()[1:4] for line in Path("/proc/net", table).read_text().splitlines()[1:]]
+    return any(local.endswith(f":{port:04X}") and state == "01" for local, _remote, state in rows)
 
 
 def emptied(before: Mapping[str, int], now: Mapping[str, int], least: int) -> list[str]:
@@ -805,6 +990,11 @@ def arguments(clusters: Sequence[str]) -> argparse.ArgumentParser:
         target.add_argument("--latest", action="store_true", help="all that there is")
         if name == "scratch":
             target.add_argument("--drop", action="store_true", help="remove the copy")
+    rehearsal = commands.add_parser("rehearsal", help="a copy for the rehearsal of migrations; playbooks/rehearse.yml makes it")
+    rehearsal.add_argument("cluster", choices=clusters)
+    deed = rehearsal.add_mutually_exclusive_group()
+    deed.add_argument("--locks", action="store_true", help="which locks were held in it for how long")
+    deed.add_argument("--drop", action="store_true", help="remove the copy")
     commands.add_parser("drill").add_argument("cluster", choices=clusters)
     commands.add_parser("prepare")
     commands.add_parser("metrics")
@@ -841,11 +1031,20 @@ def work(suite: Suite, options: argparse.Namespace) -> None:
             print(f"The copy of {options.cluster} is removed.")
         case "scratch":
             suite.scratch(options.cluster, target_of(options))
+        case "rehearsal" if options.drop:
+            Rehearsal(suite, options.cluster).remove()
+            print(f"The copy of {options.cluster} is removed.")
+        case "rehearsal" if options.locks:
+            print(json.dumps(Rehearsal(suite, options.cluster).locks()))
+        case "rehearsal":
+            room = json.load(sys.stdin)
+            print(json.dumps(suite.rehearsal(options.cluster, Room(**{**room, "names": tuple(room["names"])}))))
         case "drill":
             suite.drill(options.cluster)
         case "prepare":
             print(json.dumps(suite.prepare()))
         case "metrics":
+            suite.sweep()
             suite.metrics()
 
 

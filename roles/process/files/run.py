@@ -53,8 +53,11 @@ def find_program(release: Path, name: str) -> str:
     raise RunError(f"{name} is neither in {release / 'venv' / 'bin'} nor among the system's programs")
 
 
-def systemd_run(settings: Mapping[str, Any], release: Path, command: Sequence[str], timeout: int) -> list[str]:
-    """The command line for systemd-run."""
+def systemd_run(
+    settings: Mapping[str, Any], release: Path, command: Sequence[str], timeout: int, room: Mapping[str, Any] | None = None
+) -> list[str]:
+    """The command line for systemd-run. room: what differs in the closed room of a rehearsal, {unit, environment, properties}."""
+    room = room or {"environment": {}, "properties": []}
     properties = [
         f"User={settings['user']}",
         f"Group={settings['group']}",
@@ -63,10 +66,12 @@ def systemd_run(settings: Mapping[str, Any], release: Path, command: Sequence[st
         "KillMode=mixed",
         *(f"EnvironmentFile={path}" for path in settings["environment_files"]),
         *settings["properties"],
+        *room["properties"],
     ]
     path = f"{release}/venv/bin:/usr/local/bin:/usr/bin:/bin"
     argv = ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", f"--setenv=PATH={path}"]
-    argv += [f"--setenv={name}={value}" for name, value in sorted(settings["environment"].items())]
+    argv += [f"--unit={room['unit']}"] if "unit" in room else []
+    argv += [f"--setenv={name}={value}" for name, value in sorted({**settings["environment"], **room["environment"]}.items())]
     argv += [f"--property={item}" for item in properties]
     # systemd would replace $NAME in the arguments by the variable's value.
     words = [find_program(release, command[0]), *command[1:]]
@@ -81,6 +86,7 @@ def parser(name: str) -> argparse.ArgumentParser:
     )
     result.add_argument("--release", default="current", metavar="ID", help="which release; default: the current one")
     result.add_argument("--timeout", type=int, default=3600, metavar="SECONDS", help="end it after so long; default 3600")
+    result.add_argument("--room", type=Path, metavar="FILE", help="within the closed room of a rehearsal, as its program describes it")
     result.add_argument("command", nargs=argparse.REMAINDER, help="a program of the release's venv, or an absolute path")
     return result
 
@@ -102,7 +108,8 @@ def main(argv: Sequence[str]) -> int:
             raise RunError(f"only root may read the secrets of the application; type: sudo {name} …")
         table = CONFIGURATION / name.removesuffix("-run") / "run.json"
         settings = json.loads(table.read_text(encoding="utf-8"))
-        words = systemd_run(settings, release_directory(settings, options.release), command, options.timeout)
+        room = json.loads(options.room.read_text(encoding="utf-8")) if options.room else None
+        words = systemd_run(settings, release_directory(settings, options.release), command, options.timeout, room)
     except RunError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return CANNOT_RUN

@@ -1,0 +1,131 @@
+"""The gate (V2): nothing runs that nobody approved, and an approval is of exactly one plan, once."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import MIGRATIONS, MODELS, Build, Hosts, current, entries, migration, models_with_note, plan, playbook, state_of
+from suite import Run
+
+ADD = 'migrations.AddField("document", "note", models.TextField(null=True))'
+DROP = 'migrations.RemoveField("document", "note")'
+
+
+@pytest.fixture(scope="module")
+def added(build: Build, last: str) -> str:
+    """A release with one more column, which the release before it can live with."""
+    return build({f"{MIGRATIONS}/9001_note.py": migration(last, ADD), MODELS: models_with_note()})
+
+
+@pytest.fixture(scope="module")
+def other(build: Build, last: str) -> str:
+    """Another release with a migration of its own."""
+    return build({f"{MIGRATIONS}/9001_other.py": migration(last, ADD.replace('"note"', '"other"'))})
+
+
+def refused(run: Run, *sentences: str) -> None:
+    assert run.code != 0, run.output[-3000:]
+    for words in sentences:
+        assert words in run.text, f"{words!r} is not in:\n{run.output[-5000:]}"
+
+
+def test_unapproved_migrations_end_the_deploy_and_nothing_has_changed(hosts: Hosts, added: str) -> None:
+    before = state_of(hosts)
+    run = playbook("deploy", "-e", f"release={added}")
+    refused(run, "documents.9001_note", "Add field note to document", 'ALTER TABLE "documents_document" ADD COLUMN "note" text NULL',
+            "ACCESS EXCLUSIVE", f"-e release={added} -e migrations_approved={plan()['fingerprint']}")  # fmt: skip
+    assert state_of(hosts) == before
+    assert not hosts["web-1"].file("/var/lib/evenkeel/lock.json").exists, "a refusal gives the lock back"
+
+
+def test_showing_the_plan_is_no_error_and_changes_nothing(hosts: Hosts, added: str) -> None:
+    before = state_of(hosts)
+    run = playbook("deploy", "-e", f"release={added}", "-e", "gate=plan")
+    assert run.code == 0, run.output[-3000:]
+    assert plan()["fingerprint"] in run.output
+    assert state_of(hosts) == before
+
+
+def test_an_approval_of_another_plan_is_refused(hosts: Hosts, added: str, other: str) -> None:
+    before = state_of(hosts)
+    playbook("deploy", "-e", f"release={added}", "-e", "gate=plan")
+    of_added = plan()["fingerprint"]
+    run = playbook("deploy", "-e", f"release={other}", "-e", f"migrations_approved={of_added}")
+    refused(run, of_added, added)
+    refused(playbook("deploy", "-e", f"release={other}", "-e", "migrations_approved=0123456789abcdef"), "0123456789abcdef")
+    assert state_of(hosts) == before
+
+
+def test_a_plan_that_changes_after_it_was_shown_needs_another_approval(hosts: Hosts, added: str) -> None:
+    """Somebody inserts a row into django_migrations meanwhile: what is applied is part of the plan."""
+    playbook("deploy", "-e", f"release={added}", "-e", "gate=plan")
+    shown = plan()["fingerprint"]
+    sql = "runuser -u postgres -- psql -p 5432 -qAtc \"{}\" drydock"
+    hosts["web-1"].check_output(sql.format("insert into django_migrations (app, name, applied) values ('documents', '9000_by_hand', now())"))
+    try:
+        run = playbook("deploy", "-e", f"release={added}", "-e", f"migrations_approved={shown}")
+        refused(run, "documents.9000_by_hand")
+    finally:
+        hosts["web-1"].check_output(sql.format("delete from django_migrations where name = '9000_by_hand'"))
+
+
+def test_an_expired_approval_is_refused(hosts: Hosts, added: str) -> None:
+    before = state_of(hosts)
+    playbook("deploy", "-e", f"release={added}", "-e", "gate=plan")
+    fingerprint = plan()["fingerprint"]
+    run = playbook("deploy", "-e", f"release={added}", "-e", f"migrations_approved={fingerprint}", "-e", "deploy_approval_hours=0")
+    refused(run, fingerprint)
+    assert state_of(hosts) == before
+
+
+def key(folder: Path, name: str) -> str:
+    """A new key; its line for the list of approvers."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    return f"{name} {(folder / f'{name}.pub').read_text().strip()}"
+
+
+def test_policy_signature_wants_a_second_person_of_the_list(hosts: Hosts, added: str, tmp_path: Path) -> None:
+    before = state_of(hosts)
+    listed, stranger = key(tmp_path, "alice"), key(tmp_path, "mallory")
+    assert stranger
+    policy = ["-e", f"release={added}", "-e", "deploy_policy=signature", "-e", f"deploy_approvers=['{listed}']"]
+    run = playbook("deploy", *policy, "-e", f"migrations_approved={plan()['fingerprint']}")
+    refused(run, "ssh-keygen -Y sign", "evenkeel-approval")
+    lines = [line for line in ("evenkeel approval v1", "platform: delivery", f"release: {added}", f"fingerprint: {plan()['fingerprint']}")]
+    for name, good in (("mallory", False), ("alice", True)):
+        statement = tmp_path / name / "statement"
+        statement.parent.mkdir(exist_ok=True)
+        statement.write_text("\n".join(lines) + "\n")
+        sign = ["ssh-keygen", "-q", "-Y", "sign", "-n", "evenkeel-approval", "-f", str(tmp_path / name.removesuffix("/"))]
+        subprocess.run([*sign, str(statement)], check=True, capture_output=True)
+        if not good:
+            run = playbook("deploy", *policy, "-e", f"approval={statement}.sig")
+            refused(run, "list")
+            assert state_of(hosts) == before
+
+
+def test_exactly_the_approved_plan_is_applied_once(hosts: Hosts, added: str, first: str) -> None:
+    playbook("deploy", "-e", f"release={added}", "-e", "gate=plan")
+    used = plan()["fingerprint"]
+    run = playbook("deploy", "-e", f"release={added}", "-e", f"migrations_approved={used}")
+    assert run.code == 0, run.output[-5000:]
+    assert current(hosts) == [added, added]
+    kinds = [entry["kind"] for entry in entries(hosts)][-4:]
+    assert kinds == ["plan", "approval", "migration", "deploy"] or kinds == ["approval", "migration", "deploy"][-4:], kinds
+    # the same plan comes up again when it has been reversed: the approval has been used
+    back = playbook("rollback", "-e", f"release={first}")
+    assert back.code == 0, back.output[-5000:]
+    hosts["web-1"].check_output(f"drydock-run --release {added} python -m django migrate documents {max_before(added)} --database core")
+    again = playbook("deploy", "-e", f"release={added}", "-e", f"migrations_approved={used}")
+    refused(again, used)
+    assert plan()["fingerprint"] != used
+    assert plan()["content"]
+
+
+def max_before(_: str) -> str:
+    """The newest migration of HEAD."""
+    from suite import ROOT
+
+    return max(path.stem for path in (ROOT / MIGRATIONS).glob("0*.py"))

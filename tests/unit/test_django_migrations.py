@@ -1,0 +1,370 @@
+"""The program that migrates Django applications, on a real PostgreSQL with real applications."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from migration_world import World, cluster
+
+ITEM = 'CreateModel("Item", [("id", models.BigAutoField(primary_key=True)), ("name", models.CharField(max_length=20))])'
+NULLABLE = 'AddField("item", "note", models.TextField(null=True))'
+FILLED = 'AddField("item", "note", models.TextField(default=""))'
+ROWS = "INSERT INTO shop_item (name) SELECT 'item ' || n FROM generate_series(1, 1000) n; ANALYZE shop_item"
+QUICK = ("--lock-timeout-seconds", "0.3")
+numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Path]:
+    with cluster() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def template(server: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of a database with the shop's first migration applied, and a thousand items."""
+    world = World(tmp_path_factory.mktemp("template"), server, "shop_template")
+    world.migration("0001_initial", ITEM)
+    world.run("apply", "core")
+    with world.session() as session:
+        session.execute(ROWS)
+    return world.name
+
+
+@pytest.fixture
+def shop(server: Path, template: str, tmp_path: Path) -> World:
+    """A shop of one's own, as the template."""
+    world = World(tmp_path, server, f"shop_{next(numbers)}", template=template)
+    world.migration("0001_initial", ITEM)
+    return world
+
+
+def outcome(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return entry["reversible"], entry["compatible"], entry["why"]
+
+
+def test_first_deploy_on_an_empty_database(server: Path, tmp_path: Path) -> None:
+    world = World(tmp_path, server, f"shop_{next(numbers)}", ("django.contrib.contenttypes", "django.contrib.auth", "shop"))
+    world.migration("0001_initial", ITEM)
+    world.migration("0002_note", FILLED, "0001_initial")
+    plan = world.run("plan", "core", "plugins")[0]
+    assert plan["applied"] == plan["unknown"] == {"core": [], "plugins": []}
+    assert len(plan["pending"]) == 32  # Django's own on both
+    assert all(entry["compatible"] and entry["reversible"] for entry in plan["pending"] if entry["app"] == "shop"), (
+        "nobody knows these tables"
+    )
+    assert plan["databases"]["core"]["name"] == world.name
+    assert plan["databases"]["core"]["system"] == str(world.rows("SELECT system_identifier FROM pg_control_system()")[0][0])
+    assert plan["heads"]["core"]["shop"] == ["0002_note"]
+    assert world.rows("SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace") == [(0,)], "a plan changes nothing"
+
+    result, told = world.run("apply", "core", "plugins")
+    assert (result["outcome"], result["why"], result["stopped_at"]) == ("succeeded", "", "")
+    assert result["heads"] == plan["heads"]
+    assert len(result["migrations"]) == 32
+    assert "core shop.0002_note … 0." in told
+    assert world.rows("SELECT count(*) FROM auth_permission WHERE codename = 'add_item'") == [(1,)], "Django's signals are sent"
+    assert world.rows("SELECT count(*) FROM pg_tables WHERE tablename = 'shop_item'") == [(1,)]
+    with world.session(f"{world.name}_plugins") as session:
+        assert session.execute("SELECT count(*) FROM pg_tables WHERE tablename = 'shop_item'").fetchall() == [(0,)], "the router is heard"
+    assert world.run("plan", "core", "plugins")[0]["pending"] == []
+    state = world.run("state", "core")[0]
+    assert state["unknown"] == state["pending"] == {"core": []}
+    assert state["heads"] == {"core": result["heads"]["core"]}
+
+
+def test_plan_shows_sql_locks_and_what_it_means(shop: World) -> None:
+    shop.migration("0002_note", f"{NULLABLE}, AddIndex('item', models.Index(fields=['name'], name='by_name'))", "0001_initial")
+    (entry,) = shop.plan()["pending"]
+    assert entry["operations"] == ["Add field note to item", "Create index by_name on field(s) name of model item"]
+    assert entry["sql"] == ['ALTER TABLE "shop_item" ADD COLUMN "note" text NULL;', 'CREATE INDEX "by_name" ON "shop_item" ("name");']
+    assert entry["tables"] == [{"name": "shop_item", "lock": "ACCESS EXCLUSIVE", "rows": 1000}]
+    assert outcome(entry) == (True, True, "nothing that the release before uses changes")
+    assert shop.plan()["applied"] == {"core": ["shop.0001_initial"]}
+
+
+CASES = [
+    # operations, reversible, compatible, a part of the reason
+    (FILLED, True, False, "inserts of the release before fail: no value for shop_item.note"),
+    ('AddField("item", "note", models.TextField(db_default=""))', True, True, "nothing"),
+    ('RemoveField("item", "name")', True, False, "queries of the release before fail: shop_item.name is gone"),
+    ('RenameField("item", "name", "title")', True, False, "shop_item.name is called title"),
+    ('RenameModel("Item", "Thing")', True, False, "table shop_item has another name"),
+    ('DeleteModel("Item")', True, False, "table shop_item is gone"),
+    ('AlterField("item", "name", models.CharField(max_length=40))', True, True, "nothing"),
+    ('AlterField("item", "name", models.CharField(max_length=10))', True, False, "shop_item.name is varchar(10), was varchar(20)"),
+    ('AlterField("item", "name", models.CharField(max_length=20, null=True))', True, True, "nothing"),
+    ('AlterField("item", "name", models.CharField(max_length=20, choices=[("a", "b")]))', True, True, "nothing"),
+    (
+        'AlterField("item", "name", models.CharField(max_length=20, unique=True))',
+        True,
+        False,
+        "shop_item.name refuses values that are there",
+    ),
+    ('AlterField("item", "name", models.IntegerField())', True, False, "shop_item.name is integer"),
+    ('AlterModelOptions("item", {"verbose_name": "thing"})', True, True, "nothing"),
+    (
+        'AddConstraint("item", models.CheckConstraint(condition=~models.Q(name=""), name="named"))',
+        True,
+        False,
+        "constraint named on shop_item",
+    ),
+    ('AlterUniqueTogether("item", {("name", "id")})', True, False, "new unique columns of shop_item"),
+    ("RunPython(lambda apps, editor: None)", False, None, "does to data cannot be judged"),
+    ("RunPython(RunPython.noop, RunPython.noop)", True, True, "nothing"),
+    ('RunSQL("UPDATE shop_item SET name = name", RunSQL.noop)', True, None, "what hand-written SQL does cannot be judged"),
+    ('SeparateDatabaseAndState([], [RemoveField("item", "name")])', True, True, "nothing"),
+    ('SeparateDatabaseAndState([RemoveField("item", "name")], [])', True, False, "shop_item.name is gone"),
+    (f'CreateModel("Tag", [("id", models.BigAutoField(primary_key=True))]), {FILLED.replace("item", "tag")}', True, True, "nothing"),
+]
+
+
+@pytest.fixture(scope="session")
+def cases(server: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The plan's entry of each case, each in an application of its own."""
+    apps = tuple(f"case{number}" for number in range(len(CASES)))
+    world = World(tmp_path_factory.mktemp("cases"), server, "cases", apps)
+    for app in apps:
+        world.migration("0001_initial", ITEM, app=app)
+    world.run("apply", "core")
+    for app, case in zip(apps, CASES, strict=True):
+        world.migration("0002_change", case[0], "0001_initial", app=app)
+    entries = {entry["app"]: entry for entry in world.plan()["pending"]}
+    return [entries[app] for app in apps]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[case[0][:45] for case in CASES])
+def test_what_the_release_before_can_bear(cases: list[dict[str, Any]], number: int) -> None:
+    _operations, reversible, compatible, why = CASES[number]
+    assert (cases[number]["reversible"], cases[number]["compatible"]) == (reversible, compatible), cases[number]
+    assert why in cases[number]["why"].replace(f"case{number}_", "shop_")
+
+
+def test_what_a_new_required_column_means_is_true(shop: World) -> None:
+    shop.migration("0002_note", FILLED, "0001_initial")
+    shop.run("apply", "core")
+    with shop.session() as session, pytest.raises(Exception, match='null value in column "note"'):
+        session.execute("INSERT INTO shop_item (name) VALUES ('x')")
+
+
+def test_code_is_not_run_by_a_plan(shop: World) -> None:
+    code = """
+        def forwards(apps, editor):
+            apps.get_model("shop", "Item").objects.all().delete()
+
+        class Own(migrations.operations.base.Operation):
+            def state_forwards(self, app_label, state): pass
+            def database_forwards(self, app_label, editor, before, after): editor.connection.cursor().execute("DELETE FROM shop_item")
+            def describe(self): return "Delete all"
+    """
+    shop.migration("0002_code", "SeparateDatabaseAndState([RunPython(forwards)], []), Own(), RunSQL('SELECT 1')", "0001_initial", code)
+    (entry,) = shop.plan()["pending"]
+    assert entry["sql"][0] == "-- Python code: shop.migrations.0002_code.forwards, not shown as SQL"
+    assert entry["sql"][1].startswith("-- the SQL of 'Delete all' is not known before it runs (cannot execute DELETE in a read-only")
+    assert entry["sql"][2] == "SELECT 1;"
+    assert outcome(entry)[:2] == (False, None)
+    shop.run("apply", "core", "--expect", "0" * 64, code=1)
+    assert shop.rows("SELECT count(*) FROM shop_item") == [(1000,)]
+
+
+def test_only_what_was_approved_is_applied(shop: World) -> None:
+    from filter_plugins.migrations import migration_digest
+
+    shop.migration("0002_note", NULLABLE, "0001_initial")
+    digest = migration_digest(shop.plan()["pending"])
+    shop.migration("0002_note", FILLED, "0001_initial")
+    result, _told = shop.run("apply", "core", "--expect", digest, code=1)
+    assert result["why"] == "what is pending now is not what was approved, so nothing was applied; look at the plan again"
+    assert result["migrations"] == []
+    assert shop.plan()["applied"] == {"core": ["shop.0001_initial"]}
+    shop.migration("0002_note", NULLABLE, "0001_initial")
+    assert shop.run("apply", "core", "--expect", digest)[0]["heads"] == {"core": {"shop": ["0002_note"]}}
+
+
+def test_failed_midway_says_what_is_done_and_goes_on(shop: World) -> None:
+    shop.migration("0002_note", NULLABLE, "0001_initial")
+    shop.migration(
+        "0003_digits", 'RunSQL("ALTER TABLE shop_item ADD x int; ALTER TABLE shop_item ALTER name TYPE int USING name::int")', "0002_note"
+    )
+    shop.migration("0004_last", 'AddField("item", "last", models.TextField(null=True))', "0003_digits")
+    result, _told = shop.run("apply", "core", code=1)
+    assert result["outcome"] == "failed"
+    assert result["stopped_at"] == "shop.0003_digits"
+    assert result["why"].startswith('core shop.0003_digits: invalid input syntax for type integer: "item 1"; nothing of it stays. 1 of 3 ')
+    assert [entry["name"] for entry in result["migrations"]] == ["0002_note"]
+    assert result["heads"] == {"core": {"shop": ["0002_note"]}}
+    assert shop.rows("SELECT count(*) FROM pg_attribute WHERE attrelid = 'shop_item'::regclass AND attname = 'x'") == [(0,)]
+    shop.migration("0003_digits", "", "0002_note")
+    assert [entry["name"] for entry in shop.run("apply", "core")[0]["migrations"]] == ["0003_digits", "0004_last"]
+
+
+def test_statement_time_out(shop: World) -> None:
+    shop.migration("0002_slow", 'RunSQL("SELECT pg_sleep(30)")', "0001_initial")
+    result, _told = shop.run("apply", "core", "--statement-timeout-seconds", "0.3", code=1)
+    assert "it took longer than the 0 s of the statement time-out" in result["why"]
+
+
+def test_waits_for_a_lock_names_its_holder_and_tries_again(shop: World) -> None:
+    shop.migration("0002_note", NULLABLE, "0001_initial")
+    with shop.session(autocommit=False) as holder:
+        holder.execute("SELECT count(*) FROM shop_item")
+        pid = holder.info.backend_pid
+        started = time.monotonic()
+        process = shop.start("apply", "core", *QUICK, "--tries", "8")
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert line.startswith(
+            f"core shop.0002_note waits for a lock held by pid {pid} from this host (idle in transaction: SELECT count(*)"
+        )
+        assert "try 2 of 8 in 1 s" in line
+        with shop.session() as other:  # users are held up for no longer than the lock time-out
+            other.execute("SET statement_timeout = '2s'; INSERT INTO shop_item (name) VALUES ('meanwhile')")
+        holder.rollback()
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert json.loads(out)["migrations"][0]["name"] == "0002_note"
+    assert time.monotonic() - started < 15
+
+
+def test_gives_up_on_a_lock_after_its_tries(shop: World) -> None:
+    shop.migration("0002_note", NULLABLE, "0001_initial")
+    with shop.session(autocommit=False) as holder:
+        holder.execute("LOCK shop_item IN ACCESS SHARE MODE")
+        pid = holder.info.backend_pid
+        result, _told = shop.run("apply", "core", *QUICK, "--tries", "2", code=1)
+    assert f"core shop.0002_note: lock time-out in 2 tries, the lock is held by pid {pid} from this host" in result["why"]
+    assert shop.plan()["pending"][0]["name"] == "0002_note"
+
+
+def test_what_is_not_atomic_is_not_tried_again(shop: World) -> None:
+    first = 'RunSQL("ALTER TABLE shop_item ADD x int"), RunSQL("CREATE TABLE y ()")'
+    shop.migration("0002_note", f"{first}, RunSQL('LOCK TABLE z')", "0001_initial", "migrations.Migration.atomic = False")
+    result, _told = shop.run("apply", "core", code=1)
+    assert "it is not atomic, so what it did before the error stays. 0 of 1" in result["why"]
+
+
+def test_one_runner_at_a_time(shop: World) -> None:
+    shop.migration("0002_slow", 'RunSQL("SELECT pg_sleep(30)")', "0001_initial")
+    first = shop.start("apply", "core")
+    while not shop.rows(
+        "SELECT 1 FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%' AND state = 'active' AND datname = current_database()"
+    ):
+        assert first.poll() is None
+    result, _told = shop.run("apply", "core", code=1)
+    (pid,) = shop.rows(
+        f"SELECT pid FROM pg_locks JOIN pg_database d ON database = d.oid WHERE locktype = 'advisory' AND datname = '{shop.name}'"
+    )[0]
+    assert f"another run is migrating core: pid {pid} from this host, since 20" in result["why"]
+    first.terminate()  # as systemd ends it
+    out, _err = first.communicate(timeout=10)
+    assert json.loads(out)["why"].startswith("it was interrupted; 0 of 1 migrations are done")
+    assert not shop.rows(
+        "SELECT 1 FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%' AND state = 'active' AND datname = current_database()"
+    )
+
+
+def test_concurrent_index_is_built_again_after_a_broken_try(shop: World) -> None:
+    more = """
+        from django.contrib.postgres.operations import AddIndexConcurrently
+        migrations.Migration.atomic = False
+    """
+    shop.migration("0002_index", "AddIndexConcurrently('item', models.Index(fields=['name'], name='by_name'))", "0001_initial", more)
+    with shop.session() as session:
+        session.execute("CREATE INDEX by_name ON shop_item (name)")
+    with shop.session(user="super") as session:
+        session.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'by_name'::regclass")
+    (entry,) = shop.plan()["pending"]
+    assert entry["tables"][0]["lock"] == "SHARE UPDATE EXCLUSIVE"
+    with shop.session(autocommit=False) as holder:  # whom it waits for longer than the lock time-out
+        holder.execute("INSERT INTO shop_item (name) VALUES ('x')")
+        process = shop.start("apply", "core", *QUICK)
+        time.sleep(1.5)
+        holder.commit()
+    out, err = process.communicate(timeout=30)
+    assert json.loads(out)["outcome"] == "succeeded", err
+    assert "drops the invalid index by_name" in err
+    assert shop.rows("SELECT indisvalid FROM pg_index WHERE indexrelid = 'by_name'::regclass") == [(True,)]
+
+
+def test_older_release_sees_what_it_does_not_know(shop: World) -> None:
+    shop.migration("0002_note", NULLABLE, "0001_initial")
+    shop.run("apply", "core")
+    (shop.migrations() / "0002_note.py").unlink()
+    state = shop.run("state", "core")[0]
+    assert state["unknown"] == {"core": ["shop.0002_note"]}
+    assert (state["heads"], state["pending"]) == ({"core": {"shop": ["0001_initial"]}}, {"core": []})
+    assert shop.plan()["unknown"] == {"core": ["shop.0002_note"]}
+
+
+BACK = json.dumps({"core": {"shop": "0001_initial"}})
+
+
+def test_going_back(shop: World) -> None:
+    shop.migration("0002_note", f"{NULLABLE}, RunPython(RunPython.noop, RunPython.noop)", "0001_initial")
+    shop.migration("0003_gone", 'RemoveField("item", "name")', "0002_note")
+    shop.run("apply", "core")
+    plan = shop.run("reversal", "core", "--to", BACK)[0]
+    assert [(entry["name"], entry["backwards"], entry["reversible"]) for entry in plan["pending"]] == [
+        ("0003_gone", True, True),
+        ("0002_note", True, True),
+    ]
+    assert plan["pending"][0]["why"] == "shop.item.name comes back without its values"
+    assert plan["pending"][1]["why"] == "the values of shop.item.note are lost"
+    assert plan["pending"][1]["sql"] == ['ALTER TABLE "shop_item" DROP COLUMN "note" CASCADE;']
+    assert plan["heads"] == {"core": {"shop": ["0001_initial"]}}
+    assert len(shop.run("state", "core")[0]["applied"]["core"]) == 3
+    with shop.session() as session:
+        session.execute("DELETE FROM shop_item")  # or else the column could not come back
+    result = shop.run("reverse", "core", "--to", BACK)[0]
+    assert [entry["name"] for entry in result["migrations"]] == ["0003_gone", "0002_note"]
+    assert result["heads"] == {"core": {"shop": ["0001_initial"]}}
+    assert shop.plan()["applied"] == {"core": ["shop.0001_initial"]}
+
+
+def test_what_cannot_be_reversed_is_named(shop: World) -> None:
+    shop.migration("0002_data", "RunPython(lambda apps, editor: None)", "0001_initial")
+    shop.run("apply", "core")
+    (entry,) = shop.run("reversal", "core", "--to", BACK)[0]["pending"]
+    assert outcome(entry) == (False, None, "cannot be reversed: Raw Python operation")
+    result, _told = shop.run("reverse", "core", "--to", BACK, code=1)
+    assert result["why"] == "shop.0002_data cannot be reversed, so nothing was changed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("plan", "other"), "plan: the application's settings have no database other; known are: core, plugins"),
+        (
+            ("reversal", "core", "--to", '{"core": {"shop": "0000_x"}}'),
+            "this release cannot go back to shop.0000_x, which it does not know",
+        ),
+        (("reversal", "core", "--to", '{"core": {"stop": "zero"}}'), "this release has no migrations of stop"),
+    ],
+)
+def test_one_sentence_for_what_cannot_be(shop: World, arguments: tuple[str, ...], says: str) -> None:
+    _nothing, told = shop.run(*arguments, code=1)
+    assert says in told
+    assert len(told.splitlines()) == 1
+
+
+def test_conflicting_migrations_are_refused(shop: World) -> None:
+    shop.migration("0002_a", "", "0001_initial")
+    shop.migration("0002_b", "", "0001_initial")
+    assert "two migrations claim to be the last one (shop: 0002_a, 0002_b)" in shop.run("plan", "core", code=1)[1]
+
+
+def test_history_that_does_not_fit_is_refused(shop: World) -> None:
+    shop.migration("0002_a", "", "0001_initial")
+    with shop.session() as session:
+        session.execute("UPDATE django_migrations SET name = '0002_a' WHERE app = 'shop'")
+    assert "the history of core does not fit this release: Migration shop.0002_a is applied before" in shop.run("plan", "core", code=1)[1]
+
+
+def test_system_identifier_from_outside(shop: World) -> None:
+    assert shop.run("plan", "core", "--system", "core=123")[0]["databases"]["core"]["system"] == "123"
