@@ -48,7 +48,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if not lock or lock["id"] == args.get("id"):
             return result
         if args.get("state") == "released":
-            result["note"] = f"this run does not have the lock any more: {lock['purpose']} ({lock['run']}) by {lock['who']} has taken it over"
+            owner = f"{lock['purpose']} ({lock['run']}) by {lock['who']}"
+            result["note"] = f"this run does not have the lock any more: {owner} has taken it over"
             return result
         alive, now = life(lock["process"]), datetime.fromisoformat(told["now"])
         if not held or self._task.check_mode:

@@ -25,7 +25,7 @@ from ansible.module_utils.evenkeel_units import (  # noqa: E402
     unit_path,
 )
 
-OPTIONS = ("units", "changed_files", "timeout_seconds")
+OPTIONS = ("units", "changed_files", "parallel", "timeout_seconds")
 DEFAULT_TIMEOUT_SECONDS = 300
 
 
@@ -48,6 +48,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         if units:
             sent = {
                 "payload": encode_payload({"units": units, "changed_files": changed_files}),
+                "parallel": bool(args.get("parallel")),
                 "timeout_seconds": timeout,
             }
             result.update(self._execute_module("units", module_args=sent, task_vars=task_vars))
@@ -63,6 +64,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             problems.append("needs units, the list of entries")
         else:
             problems += check_units(args["units"])
+        if not isinstance(args.get("parallel", False), bool):
+            problems.append("parallel must be true or false")
         if not isinstance(args.get("changed_files") or [], list):
             problems.append("changed_files must be a list, the changed_files of a `files` task")
         timeout = args.get("timeout_seconds")

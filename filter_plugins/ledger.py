@@ -135,10 +135,11 @@ def ledger_remedy(reads: Mapping[str, Mapping[str, Any]], note: Mapping[str, Any
     if alone:
         return {"entries": reads[host]["entries"], "problem": ""}
     others = {other: read for other, read in reads.items() if other != host}
-    choice = ledger_choice(others, note)
-    if not choice["host"]:
-        return {"entries": [], "problem": f"No other copy is good enough to take: {choice['problem'] if others else 'there is none'}"}
-    return {"entries": choice["entries"], "problem": ""}
+    told = _judged(others, note)
+    if told["best"]:
+        return {"entries": others[told["best"]]["entries"], "problem": ""}
+    why = [f"on {name} {what}" for name, what in told["problems"].items()] + [f"{name} does not answer" for name in told["silent"]]
+    return {"entries": [], "problem": f"No other copy is good enough to take: {'; '.join(why) or 'there is none'}"}
 
 
 def ledger_bad(entries: Sequence[Entry]) -> list[str]:
@@ -275,11 +276,11 @@ def lock_judged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     refused = [answer["refused"] for answer in answers if answer.get("refused")]
     refused += [f"{result['item']}: {_words(result)}" for result in asked if "lock" not in result and not result.get("unreachable")]
     if not answers and not refused:
-        refused = [f"Whether another run is at work cannot be known: {', '.join(silent)} do not answer"]
+        refused = [f"Whether another run is at work cannot be known: no answer from {', '.join(silent)}"]
     told = {(answer["lock"].get("id"), str(answer.get("resumed"))): answer["note"] for answer in reversed(answers) if answer.get("note")}
     notes = list(reversed(told.values()))
     if answers and silent:
-        notes.append(f"{', '.join(silent)} does not answer: the lock counts on {', '.join(answer['item'] for answer in answers)} alone")
+        notes.append(f"No answer from {', '.join(silent)}: the lock counts on {', '.join(answer['item'] for answer in answers)} alone")
     return {
         "problem": refused[0] if refused else "",
         "notes": notes,

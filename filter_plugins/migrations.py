@@ -45,10 +45,13 @@ def migration_program(app: Mapping[str, Any], program: str) -> str:
     return program if app["migrations"].get("django") else ""
 
 
-def migration_limits(plan: Mapping[str, Any], lock_timeout_seconds: float, statement_timeout_seconds: float, tries: int) -> list[str]:
-    """The options of apply and reverse: exactly this plan, within these limits."""
+def migration_limits(
+    plan: Mapping[str, Any], lock_timeout_seconds: float, statement_timeout_seconds: float, tries: int, exactly: bool = True
+) -> list[str]:
+    """The options of apply and reverse: within these limits, and exactly this plan (on a copy of an older backup more may be pending)."""
     limits = {"--lock-timeout-seconds": lock_timeout_seconds, "--statement-timeout-seconds": statement_timeout_seconds, "--tries": tries}
-    return ["--expect", str(plan["digest"]), *(word for name, value in limits.items() for word in (name, str(value)))]
+    expected = ["--expect", str(plan["digest"])] if exactly else []
+    return [*expected, *(word for name, value in limits.items() for word in (name, str(value)))]
 
 
 # --- The plan -----------------------------------------------------------------------------------------------------------------------------
@@ -193,8 +196,8 @@ def approval_problem(
 ) -> str:
     """Why this plan must not be carried out now, in one sentence; empty when it is approved, or nothing is pending.
 
-    `approved`: the fingerprint that was typed, empty when none was. `signature`: what the module approval returned, empty when no
-    signature was given (or the task was left out). `policy`: fingerprint or signature. `hours`: how long after it was shown a plan may be approved. `now`: Unix time.
+    `approved`: the fingerprint that was typed, empty when none was. `signature`: what the module approval returned; without `problem` none
+    was given. `policy`: fingerprint or signature. `hours`: how long after it was shown a plan may be approved. `now`: Unix time.
     """
     if not plan["pending"]:
         return ""

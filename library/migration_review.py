@@ -39,7 +39,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 findings:
-  description: What was found, each C({migration, rule, level, message, line}). C(migration) is C(database app.name), C(line) that of its SQL.
+  description: What was found, each C({migration, rule, level, message, line}). C(migration) is C(database app.name), C(line) in its SQL.
   type: list
   elements: dict
   returned: always
@@ -76,7 +76,7 @@ def review(squawk: str, migration: dict[str, Any], version: str) -> list[dict[st
     command += ["--assume-in-transaction"] if migration.get("atomic", True) else []
     # a folder without a .squawk.toml of somebody else's
     done = subprocess.run(command, input=sql, capture_output=True, text=True, timeout=SECONDS, check=False, cwd="/")
-    return read_findings(name, done.returncode, done.stdout, done.stderr)
+    return list(read_findings(name, done.returncode, done.stdout, done.stderr))
 
 
 def main() -> None:

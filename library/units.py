@@ -95,6 +95,11 @@ options:
       process and is now put right.
     type: list
     elements: str
+  parallel:
+    description: Whether all services that are to be started or restarted are so at the same time, ordered by nothing but their own
+      C(After=), and before what else O(units) names. One that does not come up does not keep the others from it.
+    type: bool
+    default: false
   timeout_seconds:
     description: How long the whole task may wait for systemd.
     type: int
@@ -237,6 +242,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
         },
     },
     "changed_files": {"type": "list", "elements": "str"},
+    "parallel": {"type": "bool", "default": False},
     "timeout_seconds": {"type": "int", "default": 300},
     "payload": {"type": "str", "no_log": True},
 }
@@ -486,9 +492,10 @@ def read_record(name: str) -> Record | None:
 class Run:
     """One call of the module on one host."""
 
-    def __init__(self, systemd: Systemd, units: list[Unit], changed_files: set[str], *, check_mode: bool) -> None:
+    def __init__(self, systemd: Systemd, units: list[Unit], changed_files: set[str], *, check_mode: bool, parallel: bool = False) -> None:
         self.systemd = systemd
         self.units = units
+        self.parallel = parallel
         self.changed_files = changed_files
         self.check_mode = check_mode
         self.written = {dest for unit in units for dest in unit.to_write}
@@ -567,12 +574,12 @@ class Run:
         starting = [unit for unit in units if unit.plan.run in ("start", "restart")]
         if starting:  # clears failures and the count of recent starts; an unknown unit is no problem
             self.systemd.call("reset-failed", "--", *[unit.name for unit in starting])
-        problems: list[str] = []
-        ran: list[Unit] = []
+        together = [unit for unit in starting if unit.name.endswith(".service")] if self.parallel else []
+        ran, problems = self._run_together(together)
         for index, unit in enumerate(units):
             if unit.plan.waiting:
                 self.done["waiting"].append(unit.name)
-            if not (unit.plan.run or unit.plan.join) or problems:
+            if not (unit.plan.run or unit.plan.join) or problems or unit in together:
                 continue
             self.touched += [unit.name] if unit.plan.run else []
             try:
@@ -594,6 +601,19 @@ class Run:
         if problems:
             raise UnitError("\n".join(problems))
         self._refresh(units)
+
+    def _run_together(self, units: list[Unit]) -> tuple[list[Unit], list[str]]:
+        """Start and restart services at the same time; returns those that came up, and what is wrong with the others."""
+        if not units:
+            return [], []
+        self.touched += [unit.name for unit in units]
+        code, said = self.systemd.call("restart", "--", *[unit.name for unit in units])
+        answers = self.systemd.show([unit.name for unit in units])
+        for unit in units:
+            unit.restarts_before = answers[unit.name].restarts
+        lost = [unit for unit in units if code != 0 and answers[unit.name].active not in ("active", "reloading")]
+        problems = [self._failure(unit, unit.plan.run, answers[unit.name], code, said) for unit in lost]
+        return [unit for unit in units if unit not in lost], problems
 
     def _run_unit(self, unit: Unit, later: list[Unit]) -> None:
         halted: list[str] = []
@@ -634,14 +654,16 @@ class Run:
         code, said = self.systemd.call(verb, "--", unit.name)
         if code == 0:
             return
-        live = self.systemd.show([unit.name])[unit.name]
+        raise UnitError(self._failure(unit, verb, self.systemd.show([unit.name])[unit.name], code, said))
+
+    def _failure(self, unit: Unit, verb: str, live: Live, code: int, said: str) -> str:
         if code == -1:
             limit = self.systemd.timeout_seconds
             head = f"{unit.name}: {verb} has not ended within timeout_seconds={limit}; it is {live.active} ({live.sub})"
         else:
             how = "" if live.result in ("", "success") else f", {outcome(live)}"
             head = f"{unit.name}: {verb} failed{how}; systemctl said: {said.splitlines()[0] if said else 'nothing'}"
-        raise UnitError(f"{head}\n{self._evidence(unit.name, live)}")
+        return f"{head}\n{self._evidence(unit.name, live)}"
 
     def _judge(self, unit: Unit, live: Live) -> None:
         if not live.condition and not live.running:
@@ -676,7 +698,7 @@ def main() -> None:
     except (PayloadError, OSError) as error:
         module.fail_json(msg=f"units: {error}")
     systemd = Systemd(module.params["timeout_seconds"])
-    run = Run(systemd, units, set(payload["changed_files"]), check_mode=module.check_mode)
+    run = Run(systemd, units, set(payload["changed_files"]), check_mode=module.check_mode, parallel=module.params["parallel"])
     diffs: list[dict[str, Any]] = []
     try:
         run.look()

@@ -48,7 +48,7 @@ def examine(statement: str, signature: Path, signers: Sequence[str], deployer: s
         verified = ssh_keygen("-Y", "verify", *options, text=statement)
     if verified.returncode != 0:
         why = " ".join(verified.stderr.split()) or "it does not fit"
-        return "", f"the signature of {name} is not for this plan ({why}): it must be of exactly the statement shown below"
+        return "", f"the signature of {name} is not for this plan ({why}): it must be of exactly the text that the refusal shows"
     if same_person(name, deployer):
         return name, f"{name}, who deploys, signed it: a second person must"
     return name, ""

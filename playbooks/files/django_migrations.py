@@ -232,6 +232,14 @@ def estimated_rows(connection: Any, table: str) -> int | None:
 # --- May the release before run on it? ----------------------------------------------------------------------------------------------------
 
 
+def judged(operation: Any, app: str, *what: Any) -> tuple[bool | None, str]:
+    """`judge`; unknown where an operation is not as Django's are."""
+    try:
+        return judge(operation, app, *what)
+    except Exception as error:  # it may be anybody's code
+        return None, f"'{operation.describe()}' cannot be judged ({type(error).__name__}: {one_line(error)})"
+
+
 def judge(
     operation: Any, app: str, sql: list[str], editor: Any, before: Any, after: Any, base: dict[Any, set[str]]
 ) -> tuple[bool | None, str]:
@@ -242,6 +250,8 @@ def judge(
     from django.contrib.postgres import operations as postgres
     from django.db.migrations import operations as kinds
 
+    if not base:
+        return True, ""  # there is no release before
     if isinstance(operation, kinds.RunPython):
         if operation.code == kinds.RunPython.noop or not router.allow_migrate(editor.connection.alias, app, **operation.hints):
             return True, ""
@@ -491,7 +501,7 @@ class Release:
                 for inner, old, new in in_database(operation, migration.app_label, state, after):
                     own, problem = self._sql(editor, migration, inner, old, new)
                     sql += own
-                    verdicts.append((None, problem) if problem else judge(inner, migration.app_label, own, editor, old, new, base))
+                    verdicts.append((None, problem) if problem else judged(inner, migration.app_label, own, editor, old, new, base))
                 state = after
             seen = len(editor.collected_sql)
         sql += editor.collected_sql[seen:]
@@ -889,10 +899,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def interruptible() -> bool:
+    """Whether the driver lets a signal end a statement: psycopg 3 does."""
+    try:
+        from django.db.backends.postgresql.psycopg_any import is_psycopg3
+    except ImportError:
+        return False
+    return bool(is_psycopg3)
+
+
 def main(argv: list[str]) -> int:
     """Set Django up, do as told, print JSON."""
     options = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the statement that runs is ended, too
     if options.settings:
         os.environ["DJANGO_SETTINGS_MODULE"] = options.settings
     acting = options.command in ("apply", "reverse")
@@ -900,6 +918,10 @@ def main(argv: list[str]) -> int:
     systems = dict(each.split("=", 1) for each in options.system)
     try:
         django.setup()
+        if interruptible():
+            signal.signal(
+                signal.SIGTERM, signal.default_int_handler
+            )  # so that what was done is told; else PostgreSQL sees that we are gone
         if acting:
             result = run(options, getattr(options, "to", None))
         elif options.command == "state":

@@ -62,9 +62,7 @@ def test_a_signature_is_for_one_plan(keys: Path, tmp_path: Path, other: dict[str
 
 def test_a_signature_for_something_else_is_none(keys: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(approval_statement(PLAN))
-    subprocess.run(
-        ["ssh-keygen", "-q", "-Y", "sign", "-n", "git", "-f", keys / "ann", tmp_path / "text"], check=True, capture_output=True
-    )
+    subprocess.run(["ssh-keygen", "-q", "-Y", "sign", "-n", "git", "-f", keys / "ann", tmp_path / "text"], check=True, capture_output=True)
     assert "is not for this plan" in examine(approval_statement(PLAN), tmp_path / "text.sig", signers(keys), "")[1]
 
 

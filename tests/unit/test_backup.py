@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -420,3 +422,65 @@ def test_a_server_that_recovers_is_dead_when_it_was_there_and_is_gone(
     with pytest.raises(member.RestoreError, match="the target was not reached"):
         own.wait_recovered(tmp_path / "log")
     assert len(now) - 1 == pauses
+
+
+# --- copies for rehearsals ---------------------------------------------------------------------------------------------
+
+
+def sample(at: float, transaction: str = "", mode: str = "", table: str = "", session: str = "") -> str:
+    return f"{at:.6f}\t{transaction}\t{mode}\t{table}\t{session}\n"
+
+
+def test_locks_are_summed_for_each_transaction_and_table_and_the_strongest_is_told() -> None:
+    samples = "".join(
+        sample(at, "3/7", mode, "public.orders", "evenkeel migrate shop.0002_more")
+        for at in (100.0, 100.5, 103.0)
+        for mode in ("ShareLock", "AccessExclusiveLock")
+    )
+    samples += (
+        sample(104, "3/8", "ShareLock", "public.orders", "") + sample(105) + "\nconnection lost\n" + sample(104.5, "3/8", "ShareLock")
+    )
+    assert b.held(samples) == [
+        {"table": "public.orders", "mode": "AccessExclusiveLock", "migration": "shop.0002_more", "seconds": 3.05},
+        {"table": "public.orders", "mode": "ShareLock", "migration": "", "seconds": 0.05},
+        {"table": "", "mode": "ShareLock", "migration": "", "seconds": 0.05},
+    ]
+
+
+def test_a_watch_that_ended_early_is_found() -> None:
+    samples = sample(100) + sample(101) + "\n" + sample(140)
+    assert b.longest_silence(samples, 99, 141) == 39
+    assert b.longest_silence("psql: error", 99, 200) == 101
+
+
+def test_a_copy_in_use_or_just_made_is_left_alone_and_an_old_one_is_swept(
+    drill: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drill.clusters = {"core": {}}
+    place = drill.directory / "rehearsal-core"
+    (place / "pgdata").mkdir(parents=True)
+    room = place / "room.json"
+    room.write_text(json.dumps({"port": 15432}))
+    monkeypatch.setattr(b, "is_connected", lambda port: False)
+    drill.sweep()
+    assert place.exists(), "somebody is about to come"
+    os.utime(room, (1, 1))
+    monkeypatch.setattr(b, "is_connected", lambda port: port == 15432)
+    drill.sweep()
+    assert place.exists(), "it is in use"
+    with pytest.raises(b.BackupError, match="another rehearsal has the copy of core on this host"):
+        monkeypatch.setattr(
+            b.Suite, "plan", lambda *_: {"clusters": {"core": {"number": 1, "backup": "one", "size": 1, "backup_ended": ""}}}
+        )
+        drill.rehearsal("core", b.Room("shop", "shop", "10.0.0.4", 15432, "10.0.0.3", ("db-1",)))
+    monkeypatch.setattr(b, "is_connected", lambda port: False)
+    drill.sweep()
+    assert not place.exists()
+
+
+def test_a_connection_is_seen_by_its_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert not b.is_connected(port), "listening is not a connection"
+        with socket.create_connection(("127.0.0.1", port)):
+            assert b.is_connected(port)

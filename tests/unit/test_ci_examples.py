@@ -124,18 +124,9 @@ def test_v1_a_change_is_installed_built_type_checked_linted_tested_and_audited(s
 
 @pytest.mark.parametrize("name", ["github-actions.yml", "gitlab-ci.yml"])
 def test_v1_v2_no_error_is_hidden_and_no_part_of_the_platform_named(name: str) -> None:
-    text = (EXAMPLES / name).read_text()
-    hiding = [
-        r"\|\|",
-        r"continue-on-error",
-        r"set \+e",
-        r"\| tee",
-        r"--limit",
-        r"cancel-in-progress: true",
-        r"retry:",
-        r"StrictHostKeyChecking=no",
-    ]
-    assert [each for each in hiding if re.search(each, re.sub(r"group: .*", "", text))] == []
+    hiding = [r"\|\|", "continue-on-error", r"set \+e", r"\| tee", "--limit", "in-progress: true", "retry:", "HostKeyChecking=no"]
+    text = re.sub(r"(group|token): .*", "", (EXAMPLES / name).read_text())  # expressions of GitHub, not of a shell
+    assert [each for each in hiding if re.search(each, text)] == []
 
 
 @pytest.mark.parametrize("scripts_of", [github_scripts, gitlab_scripts])
@@ -153,14 +144,14 @@ def test_v2_the_stages_do_what_they_are_named_after(scripts_of: Any) -> None:
         assert re.search(rf'\$\{{(\w+):\+-e "{TYPED[playbook[1]]}=\$\1"\}}', script), "the approval is typed by a person, and may be absent"
 
 
-def test_v1_github_checks_every_change_without_a_secret() -> None:
+def test_v1_github_checks_every_change_without_a_secret_of_the_platform() -> None:
     assert GITHUB["on"]["pull_request"] is None
     assert GITHUB["on"]["push"] == {"branches": ["main"]}
     assert GITHUB["permissions"] == {"contents": "read"}
     for job in CHECKS:
         given = GITHUB["jobs"][job]
         assert given["if"] == "github.event_name != 'workflow_dispatch'"
-        assert "secrets." not in str(given)
+        assert set(re.findall(r"secrets\.(\w+)", str(given))) <= {"SUITE_TOKEN"}
         assert "environment" not in given
         assert given["timeout-minutes"] <= 60
         assert "self-hosted" not in given["runs-on"]

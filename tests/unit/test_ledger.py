@@ -64,8 +64,8 @@ def two(one: Path, tmp_path: Path) -> Path:
 def forged(line: str, **changes: Any) -> str:
     """A line that was changed by somebody who knows how its hash is made."""
     entry = {key: value for key, value in {**json.loads(line), **changes}.items() if key != "hash"}
-    text = json.dumps(entry, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return json.dumps({**entry, "hash": hashlib.sha256(text.encode()).hexdigest()}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    style: dict[str, Any] = {"sort_keys": True, "separators": (",", ":"), "ensure_ascii": False}
+    return json.dumps({**entry, "hash": hashlib.sha256(json.dumps(entry, **style).encode()).hexdigest()}, **style)
 
 
 def test_entries_are_chained_and_can_be_verified_by_hand(one: Path) -> None:
@@ -81,6 +81,16 @@ def test_entries_are_chained_and_can_be_verified_by_hand(one: Path) -> None:
     assert (told["entries"], told["problem"], told["changed"]) == (entries, "", False)
     assert told["head"] == {key: entries[-1][key] for key in ("seq", "hash", "at")}
     assert [entry["seq"] for entry in run(one, after=3)["entries"]] == [4, 5]
+
+
+def test_the_program_of_the_documentation_verifies_it(one: Path) -> None:
+    page = (ROOT / "docs/reference/ledger.md").read_text()
+    program = page.partition("```python\n")[2].partition("```")[0].replace("/var/lib/evenkeel/ledger", str(one))
+    done = subprocess.run(["python", "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == f"5 entries are whole; the last hash is {run(one)['head']['hash']}\n", done.stderr
+    for lines, _sentence in damages(lines_of(one)).values():
+        write(one, lines)
+        assert subprocess.run(["python", "-c", program], capture_output=True, check=False).returncode == 1, lines
 
 
 def test_a_ledger_that_does_not_exist_is_empty_and_check_mode_makes_none(tmp_path: Path) -> None:
@@ -155,7 +165,7 @@ def test_a_full_disk_leaves_no_half_line(one: Path, monkeypatch: pytest.MonkeyPa
         return real(descriptor, data[:50])
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(module.LedgerError, match="nothing was added: .*No space left on device"):
+    with pytest.raises(module.LedgerError, match=r"nothing was added: .*No space left on device"):
         append(one)
     assert file_of(one).read_bytes() == before
 
@@ -185,10 +195,10 @@ def test_a_fork_is_named_and_never_overwritten_unless_asked_for(one: Path, two: 
     append(one, "2.0")
     append(two, "3.0")
     before = file_of(two).read_bytes()
-    with pytest.raises(module.LedgerError, match="entry 6 of .* differs from the one of the other copy"):
+    with pytest.raises(module.LedgerError, match=r"entry 6 of .* differs from the one of the other copy"):
         run(two, "copied", entries=run(one)["entries"])
     forged_entry = json.loads(forged(lines_of(one)[5], release="6.6", seq=7))
-    with pytest.raises(module.LedgerError, match="does not continue this copy: entry 7 of .* does not follow entry 6"):
+    with pytest.raises(module.LedgerError, match=r"does not continue this copy: entry 7 of .* does not follow entry 6"):
         run(two, "copied", entries=[forged_entry])
     assert file_of(two).read_bytes() == before
     told = run(two, "copied", entries=run(one)["entries"], aside=True)
@@ -291,7 +301,10 @@ def test_the_remedy_is_the_others_copy_or_the_own_good_part(one: Path, two: Path
     reads = {"one": run(one), "two": run(two), "three": {"unreachable": True}}
     assert len(ledger.ledger_remedy(reads, note, "one")["entries"]) == 5
     assert len(ledger.ledger_remedy(reads, note, "one", "yes")["entries"]) == 2
-    assert ledger.ledger_remedy(reads, note, "two")["problem"].startswith("No other copy is good enough to take: Ledger on one: entries after 2")
+    refused = ledger.ledger_remedy(reads, note, "two")["problem"]
+    assert refused.startswith("No other copy is good enough to take: on one entries after 2 were cut")
+    assert refused.endswith("; three does not answer")
+    assert ledger.ledger_remedy({"one": reads["one"]}, note, "one")["problem"].endswith("take: there is none")
     assert ledger.ledger_remedy(reads, note, "three")["problem"] == "Ledger on three: it does not answer"
     assert ledger.ledger_remedy(reads, note, "four")["problem"] == "four is no host of the ledger: one of one, two, three"
 
@@ -322,8 +335,13 @@ def test_what_a_record_tells() -> None:
 def story(*told: tuple[Any, ...]) -> list[dict[str, Any]]:
     """Entries from (kind, release, outcome, previous)."""
     return [
-        {"seq": n, "at": f"2026-11-22T23:{n:02}:00+00:00", **COMMON, "kind": kind, "release": release, "outcome": outcome, "previous": previous}
-        for n, (kind, release, outcome, previous) in enumerate(told, 1)
+        {
+            **COMMON,
+            "seq": n,
+            "at": f"2026-11-22T23:{n:02}:00+00:00",
+            **dict(zip(("kind", "release", "outcome", "previous"), one, strict=True)),
+        }
+        for n, one in enumerate(told, 1)
     ]
 
 

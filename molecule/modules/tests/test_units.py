@@ -367,3 +367,18 @@ def test_killed_while_restarting(play: Play) -> None:
     play.units(service(content=slow))
     assert seen(play) == "two"
     assert play.units(service(content=slow))["changed"] is False
+
+
+def test_parallel_services_start_together_and_one_that_fails_keeps_no_other(play: Play) -> None:
+    """Each of the last two waits for the other's file: one after another, neither would come up."""
+    until = "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/touch /run/evk-t.{}\n"
+    until += "ExecStart=/bin/sh -c 'until [ -e /run/evk-t.{} ]; do sleep 0.1; done'\n"
+    units = [
+        {"name": "evk-t-bad.service", "content": "[Service]\nType=oneshot\nExecStart=/bin/false\n", "state": "started"},
+        {"name": "evk-t-one.service", "content": until.format("one", "two"), "state": "started"},
+        {"name": "evk-t-two.service", "content": until.format("two", "one"), "state": "started"},
+    ]
+    result = play.run({"units": {"units": units, "parallel": True, "timeout_seconds": 60}}, fails=True).last
+    assert "evk-t-bad.service: start failed" in result["msg"]
+    assert [row[0] for row in state(play, "evk-t-one.service", "evk-t-two.service")] == ["active", "active"]
+    assert play.run({"units": {"units": units[1:], "parallel": True}}).last["changed"] is False

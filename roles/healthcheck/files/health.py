@@ -970,7 +970,7 @@ def run_wait(names: Sequence[str], timeout: float, waiter: str, fail_fast: bool 
         if time.monotonic() - announced >= 30:
             print(f"{who} waits for {listed}; up to {timeout - elapsed:.0f} s", flush=True)
             announced = time.monotonic()
-        time.sleep(min(1.0, max(0.05, timeout - elapsed)))
+        time.sleep(min(0.3, max(0.05, timeout - elapsed)))
 
 
 def unit_restarts(unit: str) -> tuple[bool, int]:
