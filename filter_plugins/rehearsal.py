@@ -135,9 +135,7 @@ def rehearsal_verdict(
     said: the verdict of the program, or {why} when it could not be held. locks: cluster to what `evenkeel-backup rehearsal --locks` says.
     about: release, current, fingerprint, and `data` (what was restored). limit_seconds: for so long users may wait for a lock.
     """
-    applied = [f"{each['app']}.{each['name']}" for each in said.get("migrations", [])]
-    only = applied[0] if len(applied) == 1 else ""
-    held = [{"cluster": cluster, **lock, "migration": lock["migration"] or only} for cluster, found in locks.items() for lock in found]
+    held = [{"cluster": cluster, **lock, "migration": _whose(lock, said)} for cluster, found in locks.items() for lock in found]
     long = sorted((lock for lock in held if lock["seconds"] > limit_seconds), key=lambda lock: -float(lock["seconds"]))
     problems = [said["why"]] if said["why"] else []
     if "outcome" not in said:
@@ -152,6 +150,13 @@ def rehearsal_verdict(
         "checks": said.get("checks", []),
         "locks": held,
     }
+
+
+def _whose(lock: Mapping[str, Any], said: Mapping[str, Any]) -> str:
+    """The migration that held a lock: as its session said, or the only one that took as long; empty when that is not certain."""
+    done = said.get("outcome") and not str(said["why"]).startswith("the migrations fail")
+    long = {f"{each['app']}.{each['name']}" for each in said.get("migrations", []) if each["seconds"] > lock["seconds"] - 0.5}
+    return str(lock["migration"] or (long.pop() if done and len(long) == 1 else ""))
 
 
 def _lock_text(lock: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -62,8 +63,10 @@ def test_a_plan_that_changes_after_it_was_shown_needs_another_approval(hosts: Ho
     """Somebody inserts a row into django_migrations meanwhile: what is applied is part of the plan."""
     playbook("deploy", "-e", f"release={added}", "-e", "gate=plan")
     shown = plan()["fingerprint"]
-    sql = "runuser -u postgres -- psql -p 5432 -qAtc \"{}\" drydock"
-    hosts["web-1"].check_output(sql.format("insert into django_migrations (app, name, applied) values ('documents', '9000_by_hand', now())"))
+    sql = 'runuser -u postgres -- psql -p 5432 -qAtc "{}" drydock'
+    hosts["web-1"].check_output(
+        sql.format("insert into django_migrations (app, name, applied) values ('documents', '9000_by_hand', now())")
+    )
     try:
         run = playbook("deploy", "-e", f"release={added}", "-e", f"migrations_approved={shown}")
         refused(run, "documents.9000_by_hand")
@@ -88,44 +91,43 @@ def key(folder: Path, name: str) -> str:
 
 def test_policy_signature_wants_a_second_person_of_the_list(hosts: Hosts, added: str, tmp_path: Path) -> None:
     before = state_of(hosts)
-    listed, stranger = key(tmp_path, "alice"), key(tmp_path, "mallory")
-    assert stranger
-    policy = ["-e", f"release={added}", "-e", "deploy_policy=signature", "-e", f"deploy_approvers=['{listed}']"]
-    run = playbook("deploy", *policy, "-e", f"migrations_approved={plan()['fingerprint']}")
-    refused(run, "ssh-keygen -Y sign", "evenkeel-approval")
-    lines = [line for line in ("evenkeel approval v1", "platform: delivery", f"release: {added}", f"fingerprint: {plan()['fingerprint']}")]
-    for name, good in (("mallory", False), ("alice", True)):
-        statement = tmp_path / name / "statement"
-        statement.parent.mkdir(exist_ok=True)
-        statement.write_text("\n".join(lines) + "\n")
-        sign = ["ssh-keygen", "-q", "-Y", "sign", "-n", "evenkeel-approval", "-f", str(tmp_path / name.removesuffix("/"))]
-        subprocess.run([*sign, str(statement)], check=True, capture_output=True)
-        if not good:
-            run = playbook("deploy", *policy, "-e", f"approval={statement}.sig")
-            refused(run, "list")
-            assert state_of(hosts) == before
+    listed, _ = key(tmp_path, "alice"), key(tmp_path, "mallory")
+    policy = json.dumps({"deploy_policy": "signature", "deploy_approvers": [listed]})
+    words = ["-e", f"release={added}", "-e", policy]
+    run = playbook("deploy", *words, "-e", f"migrations_approved={plan()['fingerprint']}")
+    refused(
+        run, "a second person whose key is in deploy_approvers types", "ssh-keygen -Y sign -n evenkeel-approval", "-e approval=approval.sig"
+    )
+    refused(playbook("deploy", *words, "-e", f"approval={signed(tmp_path, 'mallory', added)}"), "not on the list of approvers")
+    refused(playbook("deploy", *words, "-e", f"approval={signed(tmp_path, 'alice', 'another-release')}"), "is not for this plan")
+    assert state_of(hosts) == before
 
 
-def test_exactly_the_approved_plan_is_applied_once(hosts: Hosts, added: str, first: str) -> None:
+def signed(folder: Path, name: str, release: str) -> Path:
+    """A signature over the newest plan, or over the same words about another release."""
+    text = f"evenkeel approval v1\nplatform: delivery\nrelease: {release}\nfingerprint: {plan()['fingerprint']}\n"
+    command = ["ssh-keygen", "-q", "-Y", "sign", "-n", "evenkeel-approval", "-f", str(folder / name)]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    path = folder / f"{name}-{release}.sig"
+    path.write_text(done.stdout)
+    return path
+
+
+def test_a_good_signature_lets_exactly_this_plan_through_and_once(hosts: Hosts, added: str, first: str, last: str, tmp_path: Path) -> None:
+    policy = json.dumps({"deploy_policy": "signature", "deploy_approvers": [key(tmp_path, "alice")]})
     playbook("deploy", "-e", f"release={added}", "-e", "gate=plan")
-    used = plan()["fingerprint"]
-    run = playbook("deploy", "-e", f"release={added}", "-e", f"migrations_approved={used}")
+    used, signature = plan()["fingerprint"], signed(tmp_path, "alice", added)
+    run = playbook("deploy", "-e", f"release={added}", "-e", policy, "-e", f"approval={signature}")
     assert run.code == 0, run.output[-5000:]
     assert current(hosts) == [added, added]
-    kinds = [entry["kind"] for entry in entries(hosts)][-4:]
-    assert kinds == ["plan", "approval", "migration", "deploy"] or kinds == ["approval", "migration", "deploy"][-4:], kinds
-    # the same plan comes up again when it has been reversed: the approval has been used
+    (approval,) = [entry for entry in entries(hosts) if entry["kind"] == "approval" and entry["fingerprint"] == used]
+    assert (approval["by"], approval["how"]) == ("alice", "signature")
+
+    # the same plan comes up again once it was reversed by hand; its approval has been used
     back = playbook("rollback", "-e", f"release={first}")
     assert back.code == 0, back.output[-5000:]
-    hosts["web-1"].check_output(f"drydock-run --release {added} python -m django migrate documents {max_before(added)} --database core")
-    again = playbook("deploy", "-e", f"release={added}", "-e", f"migrations_approved={used}")
-    refused(again, used)
-    assert plan()["fingerprint"] != used
-    assert plan()["content"]
-
-
-def max_before(_: str) -> str:
-    """The newest migration of HEAD."""
-    from suite import ROOT
-
-    return max(path.stem for path in (ROOT / MIGRATIONS).glob("0*.py"))
+    assert "verdict: allow" in back.output
+    hosts["web-1"].check_output(f"drydock-run --release {added} python -m django migrate documents {last} --database core")
+    refused(playbook("deploy", "-e", f"release={added}", "-e", f"migrations_approved={used}"), f"the approval {used} was used at")
+    refused(playbook("deploy", "-e", f"release={added}", "-e", policy, "-e", f"approval={signature}"), "is not for this plan")
+    assert current(hosts) == [first, first]
