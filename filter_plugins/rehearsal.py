@@ -130,8 +130,9 @@ def rehearsal_probe(contract: Mapping[str, Any]) -> list[str]:
 def rehearsal_verdict(
     said: Mapping[str, Any], locks: Mapping[str, Sequence[Mapping[str, Any]]], about: Mapping[str, Any], limit_seconds: float
 ) -> dict[str, Any]:
-    """What came of a rehearsal, as the ledger keeps it: {release, current, fingerprint, outcome, why, seconds, migrations, checks, locks}.
+    """What came of a rehearsal: {release, current, fingerprint, held, outcome, why, seconds, migrations, checks, locks}.
 
+    held: whether it came to its end; if not, the outcome is `failed`, and says nothing about the release.
     said: the verdict of the program, or {why} when it could not be held. locks: cluster to what `evenkeel-backup rehearsal --locks` says.
     about: release, current, fingerprint, and `data` (what was restored). limit_seconds: for so long users may wait for a lock.
     """
@@ -143,6 +144,7 @@ def rehearsal_verdict(
     problems += [f"{_lock_text(lock)}; {limit_seconds:g} s are allowed (migrate_lock_limit_seconds)" for lock in long]
     return {
         **about,
+        "held": "outcome" in said,
         "outcome": "failed" if problems else "passed",
         "why": "; ".join(problems),
         "seconds": said.get("seconds", 0),
@@ -184,7 +186,7 @@ def rehearsal_data(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def rehearsal_entry(verdict: Mapping[str, Any]) -> dict[str, Any]:
-    """What the ledger keeps of it."""
+    """What the ledger keeps of one that was held."""
     names = ("release", "current", "fingerprint", "outcome", "why", "seconds", "migrations")
     return {"kind": "rehearsal", **{name: verdict[name] for name in names}}
 
@@ -212,7 +214,7 @@ def rehearsal_refusal(verdict: Mapping[str, Any], inventory: str) -> str:
     if verdict["outcome"] == "passed":
         return ""
     again = f"ansible-playbook -i {inventory} playbooks/rehearse.yml -e release="
-    if "could not be held" in verdict["why"]:
+    if not verdict["held"]:
         cure = f"Mend that, then type:\n  {again}{verdict['release']}"
     else:
         cure = f"Change the migration, build the release anew (playbooks/release.yml), and rehearse that:\n  {again}latest"

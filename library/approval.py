@@ -9,7 +9,7 @@ DOCUMENTATION = r"""
 module: approval
 short_description: Verify a second person's signature under an approval, on the controller
 description:
-  - Verifies a signature of C(ssh-keygen -Y sign -n evenkeel-approval). One that is not good is no failure of this module, but in RV(problem).
+  - Verifies a signature of C(ssh-keygen -Y sign -n evenkeel-approval). One that is not good is no failure, but in RV(problem).
 options:
   statement:
     description: The text that was signed.

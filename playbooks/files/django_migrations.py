@@ -22,12 +22,12 @@ import signal
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import django
 import sqlparse
-from django.db import DatabaseError, NotSupportedError, connections, router, transaction
+from django.db import DatabaseError, InterfaceError, NotSupportedError, connections, router, transaction
 from django.db.backends.signals import connection_created
 
 ADVISORY_LOCK = (0x65766B6C, 1)  # "evkl": one runner at a time for each database
@@ -815,8 +815,8 @@ def prepare_concurrent(connection: Any, migration: Any) -> None:
 
 
 def rows_set(connection: Any, name: str, value: str) -> None:
-    """Set a setting of the session; a lost session needs none."""
-    if connection.is_usable():
+    """Set a setting of the session; a lost session needs none. Not `is_usable()`: an application may say there that it wants to write."""
+    with suppress(DatabaseError, InterfaceError):
         rows(connection, "SELECT set_config(%s, %s, false)", [name, value])
 
 

@@ -29,13 +29,22 @@ USE_TZ = True
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 INSTALLED_APPS = os.environ["APPS"].split()
 def database(name):
-    return {"ENGINE": "django.db.backends.postgresql", "HOST": os.environ["SERVER"], "USER": "shop", "NAME": name}
+    return {"ENGINE": "primaries", "HOST": os.environ["SERVER"], "USER": "shop", "NAME": name}
 NAME = os.environ["NAME"]
 DATABASES = {"core": database(NAME), "default": database(NAME), "plugins": database(NAME + "_plugins")}
 DATABASE_ROUTERS = ["project.Router"]
 class Router:
     def allow_migrate(self, db, app_label, **hints):
         return db != "plugins" or app_label != "shop"
+"""
+# As an application has it that must not keep a connection to a primary that has become a standby.
+BACKEND = """
+from django.db.backends.postgresql import base
+class DatabaseWrapper(base.DatabaseWrapper):
+    def is_usable(self):
+        with self.cursor() as cursor:
+            cursor.execute("SHOW transaction_read_only")
+            return super().is_usable() and cursor.fetchone() == ("off",)
 """
 HEAD = "from django.db import migrations, models\nfrom django.db.migrations import *\n"
 
@@ -81,6 +90,8 @@ class World:
 
     def __post_init__(self) -> None:
         (self.folder / "project.py").write_text(SETTINGS)
+        (self.folder / "primaries").mkdir()
+        (self.folder / "primaries/base.py").write_text(BACKEND)
         for app in (app for app in self.apps if "." not in app):
             self.migrations(app).mkdir(parents=True)
             (self.folder / app / "models.py").touch()

@@ -232,7 +232,7 @@ def test_the_ledger_keeps_what_it_promises() -> None:
 def test_a_rehearsal_that_could_not_be_held_is_no_pass_and_says_what_to_type() -> None:
     why = f.rehearsal_problem([{"rc": 0}, {"failed": True, "stderr": "Backup: no room.\n"}], "Restore")
     verdict = f.rehearsal_verdict({"why": why}, {}, ABOUT, 5)
-    assert verdict["outcome"] == "failed"
+    assert (verdict["outcome"], verdict["held"]) == ("failed", False)
     refusal = f.rehearsal_refusal(verdict, "inventories/x")
     assert "it could not be held: Restore: Backup: no room" in refusal
     assert refusal.endswith("ansible-playbook -i inventories/x playbooks/rehearse.yml -e release=new")
@@ -253,7 +253,7 @@ def test_the_text_tells_times_checks_and_what_was_not_judged() -> None:
     assert "current release old on the migrated copy: 1 checks as they should be, 1 not" in text
     assert "core a.B: column x does not exist" in text
     assert "not judged, because the current release fails it on an untouched copy, too: GET /ready" in text
-    assert f.rehearsal_refusal({**ABOUT, "outcome": "passed", "why": ""}, "x") == ""
+    assert f.rehearsal_refusal({**ABOUT, "held": True, "outcome": "passed", "why": ""}, "x") == ""
 
 
 # --- the room -----------------------------------------------------------------------------------------------------------------

@@ -584,8 +584,8 @@ class Suite:
             copy = Rehearsal(self, cluster, room)
             if copy.in_use():
                 raise BackupError(
-                    f"another rehearsal has the copy of {cluster} on this host: wait for its end. If nobody rehearses, type here: "
-                    f"evenkeel-backup rehearsal {cluster} --drop"
+                    f"another rehearsal has the copy of {cluster} on this host: wait for its end; what was interrupted is given up a "
+                    f"minute later, or at once by typing here: evenkeel-backup rehearsal {cluster} --drop"
                 )
             copy.remove()
             try:
