@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -484,3 +485,18 @@ def test_a_connection_is_seen_by_its_port() -> None:
         assert not b.is_connected(port), "listening is not a connection"
         with socket.create_connection(("127.0.0.1", port)):
             assert b.is_connected(port)
+
+
+def test_a_copy_lets_in_one_user_from_one_host_and_shows_a_certificate_of_its_own(drill: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(b.Copy, "configure", lambda copy: (copy.place / "pg_hba.conf").write_text("local all all trust\n"))
+    copy = b.Rehearsal(drill, "core", b.Room("shop", "owner", "10.0.0.4", 15432, "10.0.0.3", ("db-1", "10.0.0.1")))
+    copy.place.mkdir()
+    copy.configure()
+    assert (copy.place / "pg_hba.conf").read_text().splitlines()[1:] == ['hostssl "shop" "owner" 10.0.0.3/32 scram-sha-256']
+    settings = (copy.place / "postgresql.conf").read_text()
+    assert "listen_addresses = '10.0.0.4'\nport = '15432'\nssl = 'on'\n" in settings
+    shown = subprocess.run(
+        ["openssl", "x509", "-in", copy.place / "copy.crt", "-noout", "-ext", "subjectAltName"], capture_output=True, text=True, check=True
+    )
+    assert "DNS:db-1, IP Address:10.0.0.1" in shown.stdout
+    assert (copy.place / "copy.key").stat().st_mode & 0o077 == 0

@@ -225,8 +225,8 @@ def test_reference_is_generated_from_the_specs() -> None:
 
 def test_tests_named_in_the_table_of_promises_exist() -> None:
     table = (ROOT / "docs/reference/invariants.md").read_text()
-    for file, name in re.findall(r"`(test_\w+\.py)::(test_\w+)`", table):
-        assert f"def {name}(" in (ROOT / "molecule/single/tests" / file).read_text(), f"{file}::{name}"
+    for folder, file, name in re.findall(r"`([\w/]+/)?(test_\w+\.py)::(test_\w+)`", table):
+        assert f"def {name}(" in (ROOT / (folder or "molecule/single/tests/") / file).read_text(), f"{folder}{file}::{name}"
     for path, prefix in re.findall(r"`([\w/]+/test_\w+\.py)` \(`(test_\w+_)\*`", table):
         assert f"def {prefix}" in (ROOT / path).read_text(), f"{path}: {prefix}*"
     for path in re.findall(r"`((?:tests|drydock|playbooks|filter_plugins)/[\w/.]+)`", table):

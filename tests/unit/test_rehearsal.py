@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from migration_world import PYTHON, World, cluster
 from programs import ROOT, load
 
 from filter_plugins import rehearsal as f
@@ -357,3 +358,81 @@ def test_a_door_whose_copy_is_gone_closes() -> None:
     threading.Thread(target=serve, args=(listener, dead), daemon=True).start()
     with socket.create_connection(listener.getsockname(), timeout=5) as link:
         assert link.recv(10) == b""
+
+
+# --- the probe, on a real PostgreSQL -------------------------------------------------------------------------------------
+
+MODELS = """
+from django.db import models
+class Shelf(models.Model):
+    label = models.CharField(max_length=20)
+class Item(models.Model):
+    name = models.CharField(max_length=20)
+    code = models.CharField(max_length=20, unique=True)
+    shelf = models.ForeignKey(Shelf, models.CASCADE)
+"""
+ITEMS = (
+    'CreateModel("Shelf", [("id", models.BigAutoField(primary_key=True)), ("label", models.CharField(max_length=20))]), '
+    'CreateModel("Item", [("id", models.BigAutoField(primary_key=True)), ("name", models.CharField(max_length=20)), '
+    '("code", models.CharField(max_length=20, unique=True)), ("shelf", models.ForeignKey("shop.Shelf", models.CASCADE))])'
+)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with cluster() as server:
+        world = World(tmp_path_factory.mktemp("shop"), server, "shop_probed")
+        (world.folder / "shop/models.py").write_text(MODELS)
+        world.migration("0001_initial", ITEMS)
+        world.run("apply", "core")
+        with world.session() as session:
+            session.execute(
+                "INSERT INTO shop_shelf (label) VALUES ('top'); INSERT INTO shop_item (name, code, shelf_id) VALUES ('a', 'b', 1)"
+            )
+        yield world
+
+
+@pytest.mark.parametrize(
+    ("change", "item", "shelf"),
+    [
+        ("SELECT 1", "", ""),
+        ("ALTER TABLE shop_item ADD COLUMN note text", "", ""),
+        ("ALTER TABLE shop_item ADD COLUMN note text NOT NULL DEFAULT ''", "", ""),
+        ("ALTER TABLE shop_item DROP COLUMN name", "reading fails: column shop_item.name does not exist", ""),
+        ("ALTER TABLE shop_item RENAME TO shop_thing", 'reading fails: relation "shop_item" does not exist', ""),
+        (
+            "ALTER TABLE shop_item ADD COLUMN kind text NOT NULL DEFAULT 'x'; ALTER TABLE shop_item ALTER COLUMN kind DROP DEFAULT",
+            "new rows must have a value in kind, which this release does not write",
+            "",
+        ),
+        (
+            "DELETE FROM shop_item; ALTER TABLE shop_item ADD COLUMN kind text NOT NULL",
+            "new rows must have a value in kind, which this release does not write",
+            "",
+        ),
+        (
+            "ALTER TABLE shop_shelf ADD CONSTRAINT upper CHECK (label = upper(label)) NOT VALID",
+            "",
+            'writing fails: new row for relation "shop_shelf" violates check constraint "upper"',
+        ),
+    ],
+)
+def test_the_probe_finds_what_a_release_cannot_work_with(shop: World, change: str, item: str, shelf: str) -> None:
+    name = f"shop_{abs(hash(change))}"
+    with shop.session("postgres", "super") as session:
+        session.execute(f"CREATE DATABASE {name} OWNER shop TEMPLATE {shop.name}")
+    with shop.session(name) as session:
+        session.execute(change)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(shop.folder),
+        "DJANGO_SETTINGS_MODULE": "project",
+        "SERVER": str(shop.server),
+    }
+    done = subprocess.run(
+        [str(PYTHON), "-", "core"], input=(ROOT / "playbooks/files/django_probe.py").read_text(), cwd=shop.folder,
+        env={**environment, "NAME": name, "APPS": "shop"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert program.probed(done.returncode, done.stdout, done.stderr) == {"core shop.Item": item, "core shop.Shelf": shelf}
+    with shop.session(name) as session:
+        assert session.execute("SELECT count(*) FROM shop_shelf").fetchone() == (1,), "what it wrote, it took back"
