@@ -328,8 +328,8 @@ def status_report(
     """The status screen.
 
     answers: result of the module `platform_state` by host (with `msg` and without `state` from a host that does not answer).
-    topology: of the filter `topology`. app_hosts: those that must carry a release. Returns {text, problems: [str], dangers: [str]}; dangers are problems,
-    too.
+    topology: of the filter `topology`. app_hosts: those that must carry a release. Returns {text, problems: [str], dangers: [str]}, where
+    dangers are problems, too.
     """
     screen = Screen()
     for host, address in topology["addresses"].items():

@@ -756,6 +756,7 @@ class Runner:
         for attempt in range(1, self.tries + 1):
             guard.watch(release.connection)
             [(limit,)] = rows(release.connection, "SELECT current_setting('lock_timeout')")
+            rows_set(release.connection, "application_name", f"evenkeel migrate {name}"[:63])
             started = time.monotonic()
             try:
                 prepare_concurrent(release.connection, migration)
