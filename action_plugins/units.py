@@ -25,7 +25,7 @@ from ansible.module_utils.evenkeel_units import (  # noqa: E402
     unit_path,
 )
 
-OPTIONS = ("units", "changed_files", "parallel", "timeout_seconds")
+OPTIONS = ("units", "changed_files", "parallel", "timeout_seconds", "vars")
 DEFAULT_TIMEOUT_SECONDS = 300
 
 
@@ -44,7 +44,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         self._check(args)
         changed_files = [str(path) for path in args.get("changed_files") or []]
         timeout = int(args.get("timeout_seconds") or DEFAULT_TIMEOUT_SECONDS)
-        units = self._prepare(list(args["units"]), Sources(self, task_vars))
+        # templated once, as arguments of the task; what a template takes from the inventory is computed anew each time
+        units = self._prepare(list(args["units"]), Sources(self, {**task_vars, **(args.get("vars") or {})}))
         if units:
             sent = {
                 "payload": encode_payload({"units": units, "changed_files": changed_files}),
@@ -64,6 +65,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             problems.append("needs units, the list of entries")
         else:
             problems += check_units(args["units"])
+        if not isinstance(args.get("vars") or {}, dict):
+            problems.append("vars must be a mapping of variable names to values")
         if not isinstance(args.get("parallel", False), bool):
             problems.append("parallel must be true or false")
         if not isinstance(args.get("changed_files") or [], list):

@@ -95,6 +95,9 @@ options:
       process and is now put right.
     type: list
     elements: str
+  vars:
+    description: Variables of all templates. What is expensive to compute is computed once here, not once for each template.
+    type: dict
   parallel:
     description: Whether all services that are to be started or restarted are so at the same time, ordered by nothing but their own
       C(After=), and before what else O(units) names. One that does not come up does not keep the others from it.
@@ -244,6 +247,7 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "changed_files": {"type": "list", "elements": "str"},
     "parallel": {"type": "bool", "default": False},
     "timeout_seconds": {"type": "int", "default": 300},
+    "vars": {"type": "dict"},
     "payload": {"type": "str", "no_log": True},
 }
 
