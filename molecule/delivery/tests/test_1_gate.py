@@ -127,7 +127,8 @@ def test_a_good_signature_lets_exactly_this_plan_through_and_once(hosts: Hosts, 
     back = playbook("rollback", "-e", f"release={first}")
     assert back.code == 0, back.output[-5000:]
     assert "verdict: allow" in back.output
-    hosts["web-1"].check_output(f"drydock-run --release {added} python -m django migrate documents {last} --database core")
+    for database in ("core", "plugins"):
+        hosts["web-1"].check_output(f"drydock-run --release {added} python -m django migrate documents {last} --database {database}")
     refused(playbook("deploy", "-e", f"release={added}", "-e", f"migrations_approved={used}"), f"the approval {used} was used at")
     refused(playbook("deploy", "-e", f"release={added}", "-e", policy, "-e", f"approval={signature}"), "is not for this plan")
     assert current(hosts) == [first, first]
