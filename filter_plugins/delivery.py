@@ -37,6 +37,11 @@ def deploy_obstacle(
     full = [f"{host} has {each['free_mb']} MB" for host, each in facts.items() if each["free_mb"] < needed]
     if full:
         return f"a release needs {needed} MB of room below /opt/{app}, and {_and(full)}: run playbooks/prune.yml"
+    running = {host for host, each in facts.items() if each["current"]}
+    if running and len(running) < len(facts):
+        without = next(host for host in facts if host not in running)
+        others = sorted(running)
+        return f"{without} has no release, while {_and(others)} {_found(others)} one: run playbooks/replace_host.yml -e host={without}"
     if dangers:
         return f"the platform is in danger: {dangers[0]}"
     unwell = []
@@ -131,8 +136,9 @@ def lost_hosts(hosts: Sequence[str], under_way: Sequence[str], problems: Sequenc
 def delivery_entry(kind: str, release: str, previous: str, how: Mapping[str, Any]) -> dict[str, Any]:
     """What the ledger keeps of a deploy or a rollback.
 
-    how: problems and not_back (lists of sentences), begun (some host was switched), migrated (migrations were begun), back (the hosts went
-    back), began, noticed, back_at, now (seconds since the epoch; 0 where it did not happen), heads, and verdict (of a rollback).
+    how: problems and not_back (lists of sentences), stays (migrations because of which it does not go back by itself), begun (some host
+    was switched), migrated (migrations were begun), back (the hosts went back), began, noticed, back_at, now (seconds since the epoch; 0
+    where it did not happen), heads, and verdict (of a rollback).
     """
     problems, not_back = list(how["problems"]), list(how["not_back"])
     if not problems:
@@ -141,16 +147,20 @@ def delivery_entry(kind: str, release: str, previous: str, how: Mapping[str, Any
         outcome = "rolled back"
     else:
         outcome = "failed" if how["begun"] or how["migrated"] else "refused"
+    unbearable = how["stays"] if problems and how["begun"] else []
+    stays = [f"the hosts stay on it, for the release before cannot bear {one['app']}.{one['name']}: {one['why']}" for one in unbearable]
     entry: dict[str, Any] = {
         "kind": kind,
         "release": release,
         "previous": previous,
         "outcome": outcome,
-        "why": "; ".join(problems + [f"and on the way back: {each}" for each in not_back]),
+        "why": "; ".join([*problems, *(f"and on the way back: {each}" for each in not_back), *stays]),
         "seconds": round(how["now"] - how["began"], 1),
         "heads": how["heads"],
     }
-    if how["back"]:
+    if problems:
+        entry |= {"begun": bool(how["begun"]), "went_back": bool(how["back"])}
+    if how["back"] and how["noticed"]:
         entry["back_seconds"] = round(how["back_at"] - how["noticed"], 1)
     if how.get("verdict"):
         entry["verdict"] = how["verdict"]
@@ -168,16 +178,21 @@ def deploy_farewell(entry: Mapping[str, Any], inventory: str, hosts: Sequence[st
         running = "the running release and the databases are as they were"
         return f"Release {release} was not deployed; {running if previous else 'nothing was changed'}.\n{why}"
     if entry["outcome"] == "rolled back":
+        after = f" after {entry['back_seconds']:.0f} s" if "back_seconds" in entry else ""
         return (
             f"Release {release} was taken back: {why}\n"
-            f"Every host is back on release {previous} after {entry['back_seconds']:.0f} s, and answers as it should. "
+            f"Every host is back on release {previous}{after}, and answers as it should. "
             f"{release} is marked bad in the ledger.\nnext: mend what it says, and build a new release"
         )
     state = f"{play}/status.yml shows who runs what"
-    if entry.get("back_seconds") is not None:
-        return f"Release {release} failed, and the way back to {previous} did not end well: {why}\nnext: {state}; then {play}/rollback.yml"
-    then = f"To go back: {play}/rollback.yml" if previous else "There is no release to go back to: mend what it says, then deploy again"
-    return f"Release {release} failed: {why}\n{then}\n{state}"
+    if entry.get("went_back"):
+        then = f"{play}/rollback.yml -e release={previous}"
+        return f"Release {release} failed, and the way back to {previous} did not end well: {why}\nnext: {state}; then {then}"
+    if not previous:
+        return f"Release {release} failed: {why}\nThere is no release to go back to: mend what it says, then deploy again\n{state}"
+    if not entry.get("begun"):
+        return f"Release {release} failed: {why}\nThe hosts still run {previous}\n{state}"
+    return f"Release {release} failed: {why}\nTo go back: {play}/rollback.yml -e release={previous}\n{state}"
 
 
 def release_current(facts: Mapping[str, Mapping[str, Any]], last_good: str) -> str:
@@ -214,14 +229,25 @@ def rollback_target(
     return {"id": found[0], "problem": ""}
 
 
-def rollback_farewell(entry: Mapping[str, Any], inventory: str, hosts: Sequence[str]) -> str:
-    """The last words of rollback.yml: what happened, what it means, what to type next."""
+def unrecorded(why: str, inventory: str) -> str:
+    """What is added to the last words when the ledger could not be written; empty when it was."""
+    return f"\nThe ledger does not have this: {why}. Mend it: ansible-playbook -i {inventory} playbooks/ledger.yml" if why else ""
+
+
+def rollback_farewell(entry: Mapping[str, Any], inventory: str, hosts: Sequence[str], silent: Sequence[str]) -> str:
+    """The last words of rollback.yml: what happened, what it means, what to type next. silent: hosts that did not answer."""
     play = f"ansible-playbook -i {inventory} playbooks"
+    if silent and entry["outcome"] == "succeeded":
+        return (
+            f"release {entry['release']} runs on {_and(hosts)} again, but {_and(silent)} did not answer and was left as it was.\n"
+            f"When it is back, type: {play}/deploy.yml -e release={entry['release']}"
+        )
     if entry["outcome"] == "succeeded":
         return f"release {entry['release']} runs on {_and(hosts)} again, after {entry['seconds']:.0f} s; all checks passed"
     if entry["outcome"] == "refused":
         return f"Nothing was rolled back, and nothing was changed.\n{entry['why']}"
-    return f"The rollback to {entry['release']} did not end well: {entry['why']}\nnext: {play}/status.yml, then run it again"
+    again = f"{play}/rollback.yml -e release={entry['release']}"
+    return f"The rollback to {entry['release']} did not end well: {entry['why']}\nnext: {play}/status.yml, then {again}"
 
 
 def restore_point_places(clusters: Mapping[str, Any], databases: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -264,5 +290,6 @@ class FilterModule:
             "restore_point_places": restore_point_places,
             "rollback_farewell": rollback_farewell,
             "rollback_target": rollback_target,
+            "unrecorded": unrecorded,
             "watch_problem": watch_problem,
         }

@@ -367,6 +367,7 @@ def rollback_verdict(
     ahead = _ahead(state, entries, target)
     to, stuck = _way_back(state, ahead)
     result: dict[str, Any] = {"verdict": "refuse", "why": "", "ahead": ahead, "to": {}}
+    reversal_possible = reversal_possible and bool(state)  # without it nobody knows how far back is far enough
     missing = [f"{name} ({database})" for database, names in state.get("pending", {}).items() for name in names]
     if missing:
         result["why"] = (
@@ -406,6 +407,7 @@ def _ahead(state: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], targe
     if state:
         records = _records(entries)
         keys = [(database, name) for database, names in state["unknown"].items() for name in names]
+        keys = [key for key in keys if key in records or not _left_behind(state, *key)]
     else:
         ran = [int(each["seq"]) for each in entries if each["kind"] in ("deploy", "rollback") and _runs(each) == target]
         records = _records(entries, after=max(ran, default=0))
@@ -417,6 +419,13 @@ def _ahead(state: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], targe
         record = records.get((database, name), unrecorded)
         found.append({"database": database, "migration": name, **{key: record[key] for key in kept}})
     return found
+
+
+def _left_behind(state: Mapping[str, Any], database: str, name: str) -> bool:
+    """Whether a migration that the target does not know was applied before one that it knows: of an app taken out, or of a squash."""
+    applied = list(state.get("applied", {}).get(database, []))
+    known = [each for each in applied if each not in state["unknown"][database]]
+    return name in applied and bool(known) and applied.index(name) < applied.index(known[-1])
 
 
 def _runs(entry: Mapping[str, Any]) -> str:
@@ -445,12 +454,12 @@ def _way_back(state: Mapping[str, Any], ahead: Sequence[Mapping[str, Any]]) -> t
 def _rehearsal(
     state: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], target: str, ahead: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any] | None:
-    """The last rehearsal in which the target ran on a copy with exactly these migrations beyond its own, if it passed."""
+    """The last rehearsal in which the target ran on a copy with exactly these migrations of this release beyond its own, if it passed."""
     known = {(database, name) for database, names in state.get("known", {}).items() for name in names}
     wanted = {(each["database"], each["migration"]) for each in ahead}
     last = None
     for entry in entries:
-        if entry["kind"] == "rehearsal" and entry["current"] == target:
+        if entry["kind"] == "rehearsal" and entry["current"] == target and entry["release"] == ahead[-1]["release"]:
             applied = {(each["database"], migration_name(each)) for each in entry["migrations"]}
             last = entry if applied - known == wanted else last  # the backup may lack some of the target's own
     return last if last and last["outcome"] == "passed" else None

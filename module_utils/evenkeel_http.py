@@ -28,13 +28,16 @@ def ask(url: str, check: Mapping[str, Any], headers: Mapping[str, str], ca_file:
     if check.get("token"):
         request.add_header("Authorization", f"Bearer {check['token']}")
     handlers: list[urllib.request.BaseHandler] = [_NoRedirect(), urllib.request.ProxyHandler({})]
-    if url.startswith("https:"):
-        handlers.append(urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca_file or None)))
     try:
+        if url.startswith("https:"):
+            handlers.append(urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca_file or None)))
         with urllib.request.build_opener(*handlers).open(request, timeout=timeout) as answer:
             return answer.status, answer.read(1 << 20).decode(errors="replace")
     except urllib.error.HTTPError as error:
-        return error.code, error.read(1 << 20).decode(errors="replace")
+        try:
+            return error.code, error.read(1 << 20).decode(errors="replace")
+        except (OSError, http.client.HTTPException):
+            return error.code, ""
     except urllib.error.URLError as error:
         return 0, str(error.reason)
     except (OSError, http.client.HTTPException) as error:

@@ -148,6 +148,9 @@ def contents(tar: tarfile.TarFile, folder: Path | None = None) -> dict[str, str]
         if target:
             target.chmod(0o755 if member.mode & 0o100 else 0o644)
         found["/".join(parts)] = digest.hexdigest()
+    for path in folder.rglob("*") if folder else []:
+        if path.is_dir():
+            path.chmod(0o755)  # whatever root's umask is
     return found
 
 

@@ -493,6 +493,7 @@ class Release:
         sql: list[str] = []
         verdicts: list[tuple[bool | None, str]] = []
         with self.connection.schema_editor(collect_sql=True, atomic=migration.atomic) as editor:
+            name_defaults(editor)
             if "apps" not in state.__dict__:
                 state.apps  # noqa: B018 - renders it once; from then on it is changed bit by bit
             for operation in migration.operations:
@@ -529,6 +530,7 @@ class Release:
             state = after
         sql: list[str] = []
         with self.connection.schema_editor(collect_sql=True, atomic=migration.atomic) as editor:
+            name_defaults(editor)
             for operation, before, after in reversed(chain):
                 for inner, old, new in reversed(in_database(operation, migration.app_label, before, after)):
                     sql += self._sql(editor, migration, inner, new, old, backwards=True)[0]
@@ -575,6 +577,20 @@ class Release:
             problem = f"the SQL of '{operation.describe()}' is not known before it runs ({one_line(error)})"
             return [f"-- {problem}"], problem
         return list(editor.collected_sql[seen:]), ""
+
+
+def name_defaults(editor: Any) -> None:
+    """Let the SQL that is collected have the name of a default that is computed: its value would be another one in each plan."""
+    compute = editor.effective_default
+
+    def effective_default(field: Any) -> Any:
+        if field.has_default() and callable(field.default):
+            return f"<{code_name(field.default)}>"
+        if getattr(field, "auto_now", False) or getattr(field, "auto_now_add", False):
+            return "<now>"
+        return compute(field)
+
+    editor.effective_default = effective_default
 
 
 def in_database(operation: Any, app: str, before: Any, after: Any) -> list[tuple[Any, Any, Any]]:
@@ -752,7 +768,7 @@ class Runner:
         """One migration, again after a lock time-out, unless some of it would stay."""
         name = f"{migration.app_label}.{migration.name}"
         self.stopped_at = name
-        undone = migration.atomic or len(migration.operations) == 1
+        undone = migration.atomic or all_or_nothing(migration)
         for attempt in range(1, self.tries + 1):
             guard.watch(release.connection)
             [(limit,)] = rows(release.connection, "SELECT current_setting('lock_timeout')")
@@ -871,6 +887,13 @@ def run(options: argparse.Namespace, to: dict[str, dict[str, str]] | None) -> di
         except Exception as error:  # a lost database; what was done is still worth telling
             say(f"{alias}: its state is not known: {one_line(error)}")
     return result
+
+
+def all_or_nothing(migration: Any) -> bool:
+    """Whether a migration without a transaction has one operation that is one statement, or has a transaction of its own."""
+    alone = migration.operations[0] if len(migration.operations) == 1 else None
+    code = type(alone).__name__ in ("RunPython", "RunSQL", "SeparateDatabaseAndState")
+    return bool(alone) and (not code or bool(getattr(alone, "atomic", False)))
 
 
 def reversible(migration: Any) -> bool:

@@ -13,7 +13,7 @@ import os
 
 import django
 from django.apps import apps
-from django.db import Error, connections, models, router, transaction
+from django.db import connections, models, router, transaction
 from django.db.models.sql import InsertQuery
 
 # A copy of a row violates what makes rows unique; that says nothing about the release.
@@ -62,14 +62,14 @@ def problem_of(database: str, model: type[models.Model]) -> str:
     try:
         with transaction.atomic(using=database):
             row = model._base_manager.using(database).first()
-    except Error as error:
+    except Exception as error:  # a field of the application's own may raise anything
         return f"reading fails: {words(error)}"
     problem = unknown_columns(database, model)
     if problem or row is None:
         return problem
     try:
         write(database, row)
-    except Error as error:
+    except Exception as error:
         return "" if sqlstate(error) in (UNIQUE_VIOLATION, EXCLUSION_VIOLATION) else f"writing fails: {words(error)}"
     return ""
 

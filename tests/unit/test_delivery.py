@@ -100,7 +100,7 @@ def test_a_rollback_never_goes_to_a_bad_release_and_says_when_none_is_known() ->
 
 
 HOW = {
-    "problems": [], "not_back": [], "begun": True, "migrated": False, "back": False, "heads": {},
+    "problems": [], "not_back": [], "begun": True, "migrated": False, "back": False, "heads": {}, "stays": [],
     "began": NOW, "noticed": NOW + 40, "back_at": NOW + 61, "now": NOW + 65,
 }  # fmt: skip
 

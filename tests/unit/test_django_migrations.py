@@ -376,3 +376,17 @@ def test_history_that_does_not_fit_is_refused(shop: World) -> None:
 
 def test_system_identifier_from_outside(shop: World) -> None:
     assert shop.run("plan", "core", "--system", "core=123")[0]["databases"]["core"]["system"] == "123"
+
+
+def test_a_default_that_is_computed_does_not_make_another_plan_each_time(shop: World) -> None:
+    fields = (
+        'AddField("item", "made", models.DateTimeField(auto_now_add=True)), AddField("item", "key", models.UUIDField(default=uuid.uuid4))'
+    )
+    shop.migration("0002_computed", f"{fields}", "0001_initial", "import uuid")
+    first, second = shop.plan()["pending"], shop.plan()["pending"]
+    assert first == second
+    assert "'<now>'" in " ".join(first[0]["sql"]) and "'<uuid.uuid4>'" in " ".join(first[0]["sql"])
+    from filter_plugins.migrations import migration_digest
+
+    shop.run("apply", "core", "--expect", migration_digest(first))
+    assert shop.rows("SELECT count(DISTINCT key) FROM shop_item WHERE made > now() - interval '1 hour'") == [(1,)]

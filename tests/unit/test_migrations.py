@@ -261,6 +261,24 @@ def test_a_release_older_than_the_databases(applied: list[str], unknown: list[st
 # --- the way back -------------------------------------------------------------------------------------------------------------------------
 
 
+def test_what_was_applied_before_the_target_s_own_migrations_is_no_hindrance() -> None:
+    left = {**state("gone.0001_initial"), "applied": {"core": ["gone.0001_initial", "shop.0001_initial"]}}
+    assert m.rollback_verdict(left, [], "1.0-a", True)["verdict"] == "allow"
+    newer = {**left, "applied": {"core": ["shop.0001_initial", "gone.0001_initial"]}}
+    assert m.rollback_verdict(newer, [], "1.0-a", True)["verdict"] == "approval"
+
+
+def test_a_rehearsal_of_another_release_proves_nothing() -> None:
+    ahead = applied(1, "2.1-c", "0002", compatible=None)
+    assert m.rollback_verdict(state("shop.0002"), [ahead, rehearsed(2, "1.0-a", "passed", "0002")], "1.0-a", True)["verdict"] == "approval"
+
+
+def test_without_the_command_state_nothing_is_reversed() -> None:
+    """Nobody knows how far back is far enough: the way would lead to an empty database."""
+    broken = applied(1, "2.0-b", "0002", compatible=False)
+    assert m.rollback_verdict({}, [broken], "1.0-a", True)["verdict"] == "refuse"
+
+
 def state(*unknown: str, pending: tuple[str, ...] = ()) -> dict[str, Any]:
     return {
         "unknown": {"core": list(unknown)},
