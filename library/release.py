@@ -26,6 +26,10 @@ options:
   signature:
     description: The text of its signature, as C(ssh-keygen -Y sign) wrote it.
     type: str
+  app:
+    description: Name of the application whose release it must be; empty for any.
+    type: str
+    default: ""
   signers:
     description: Who may sign releases, as lines of an allowed_signers file.
     type: list
@@ -76,6 +80,7 @@ def main() -> None:
         argument_spec={
             "directory": {"type": "path", "required": True},
             "id": {},
+            "app": {"default": ""},
             "archive": {"type": "path"},
             "signature": {},
             "signers": {"type": "list", "elements": "str"},
@@ -100,7 +105,7 @@ def main() -> None:
             archive = Path(given["archive"])
             try:
                 python = python_version(given["python"])
-                _target, changed = unpack(archive, directory, given["signature"], given["signers"], python)
+                _target, changed = unpack(archive, directory, given["signature"], given["signers"], python, given["app"])
             finally:
                 archive.unlink(missing_ok=True)
         if given["keep"]:

@@ -40,7 +40,7 @@ def examine(statement: str, signature: Path, signers: Sequence[str], deployer: s
         allowed = Path(folder) / "allowed_signers"
         allowed.write_text("".join(f"{line}\n" for line in signers), encoding="utf-8")
         found = ssh_keygen("-Y", "find-principals", "-s", str(signature), "-f", str(allowed))
-        names = found.stdout.split()
+        names = found.stdout.replace(",", " ").split()
         if found.returncode != 0 or not names:
             return "", "it was signed with a key that is not on the list of approvers (deploy_approvers)"
         name = names[0]
@@ -49,6 +49,9 @@ def examine(statement: str, signature: Path, signers: Sequence[str], deployer: s
     if verified.returncode != 0:
         why = " ".join(verified.stderr.split()) or "it does not fit"
         return "", f"the signature of {name} is not for this plan ({why}): it must be of exactly the text that the refusal shows"
-    if same_person(name, deployer):
-        return name, f"{name}, who deploys, signed it: a second person must"
+    if set(name) & set("*?!"):
+        return "", f"deploy_approvers names no person with {name}: write the whole name"
+    themselves = [each for each in names if same_person(each, deployer)]
+    if themselves:
+        return name, f"{themselves[0]}, who deploys, signed it: a second person must"
     return name, ""

@@ -62,6 +62,15 @@ def digest(entry: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical({key: value for key, value in entry.items() if key != "hash"}).encode()).hexdigest()
 
 
+def writable(value: Any) -> Any:
+    """The same with texts that can be written: half characters, as in names of files that are no UTF-8, become question marks."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, Mapping):
+        return {writable(key): writable(each) for key, each in value.items()}
+    return [writable(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def made(fields: Mapping[str, Any], head: Mapping[str, Any], at: str) -> dict[str, Any]:
     """The entry that follows `head`. fields: kind, run, who and the data of the kind."""
     taken = [key for key in OWN if key in fields]
@@ -70,7 +79,7 @@ def made(fields: Mapping[str, Any], head: Mapping[str, Any], at: str) -> dict[st
     for key, kind in REQUIRED.items():
         if not isinstance(fields.get(key), kind) or not fields[key]:
             raise LedgerError(f"an entry needs {key}, a text")
-    entry = {**fields, "seq": head["seq"] + 1, "at": at, "prev": head["hash"]}
+    entry = {**writable(fields), "seq": head["seq"] + 1, "at": at, "prev": head["hash"]}
     try:
         return {**entry, "hash": digest(entry)}
     except (TypeError, ValueError) as error:

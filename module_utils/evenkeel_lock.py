@@ -5,10 +5,10 @@
 from __future__ import annotations
 
 import fcntl
-import getpass
 import hashlib
 import json
 import os
+import pwd
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -84,8 +84,9 @@ def _iso(moment: datetime) -> str:
 
 
 def whoami() -> str:
-    """The person at this controller."""
-    return f"{getpass.getuser()}@{socket.gethostname()}"
+    """The person at this controller: the account, not what the environment says of it; behind sudo, who called it."""
+    account = pwd.getpwuid(os.getuid()).pw_name
+    return f"{os.environ.get('SUDO_USER') or account if account == 'root' else account}@{socket.gethostname()}"
 
 
 def this_process(proc: Path = Path("/proc")) -> dict[str, Any]:

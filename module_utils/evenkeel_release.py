@@ -237,15 +237,18 @@ def damage(folder: Path) -> list[str]:
     return [path for path, digest in manifest.files.items() if not (folder / path).is_file() or sha256(folder / path) != digest]
 
 
-def unpack(archive: Path, releases: Path, signature: str, signers: Sequence[str], python: str) -> tuple[Path, bool]:
+def unpack(archive: Path, releases: Path, signature: str, signers: Sequence[str], python: str, app: str = "") -> tuple[Path, bool]:
     """Verify an archive and unpack it below `releases`; returns (folder, unpacked now). Nothing appears before all is verified.
 
-    python: version of the interpreter that will run it, `3.11.2`. A damaged release gets its files back and keeps what else is in it.
+    python: version of the interpreter that will run it, `3.11.2`. app: whose release it must be, empty for any. A damaged release gets
+    its files back and keeps what else is in it.
     """
     target = releases / archive.name.removesuffix(".tar")
     if not damage(target):
         return target, False
     manifest, _signer = inspect(archive, signature, signers)
+    if app and manifest.app != app:
+        raise ReleaseError(f"release {manifest.id} is one of {manifest.app}, not of {app}")
     if python.split(".")[:2] != manifest.python.split("."):
         raise ReleaseError(f"release {manifest.id} is made for Python {manifest.python}, but this host has Python {python}")
     with partial(releases) as folder:

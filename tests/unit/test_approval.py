@@ -71,6 +71,15 @@ def test_who_deploys_cannot_approve(keys: Path, tmp_path: Path) -> None:
     assert examine(approval_statement(PLAN), file, signers(keys), "ann@controller")[1].endswith("signed it: a second person must")
 
 
+@pytest.mark.parametrize(
+    ("names", "told"), [("eve,bob@example.org", "signed it: a second person must"), ("*@example.org", "names no person")]
+)
+def test_a_line_for_several_or_for_anybody_is_no_way_around(keys: Path, tmp_path: Path, names: str, told: str) -> None:
+    file = signed(keys, "ann", PLAN, tmp_path)
+    line = f"{names} {(keys / 'ann.pub').read_text().strip()}"
+    assert told in examine(approval_statement(PLAN), file, [line], "bob@controller")[1]
+
+
 def test_what_is_no_signature(keys: Path, tmp_path: Path) -> None:
     (tmp_path / "other").write_text("hello")
     assert "there is no signature" in examine("x", tmp_path / "none", signers(keys), "")[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -475,6 +476,11 @@ def test_a_copy_in_use_or_just_made_is_left_alone_and_an_old_one_is_swept(
         )
         drill.rehearsal("core", b.Room("shop", "shop", "10.0.0.4", 15432, "10.0.0.3", ("db-1",)))
     monkeypatch.setattr(b, "is_connected", lambda port: False)
+    drill.clusters = {"core": {}, "plugins": {}}
+    with (drill.directory / "rehearsal-plugins.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        drill.sweep()
+        assert place.exists(), "the next cluster of the same rehearsal is being restored"
     drill.sweep()
     assert not place.exists()
 

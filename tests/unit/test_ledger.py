@@ -421,3 +421,9 @@ def test_the_table_for_people() -> None:
     assert len(text.splitlines()) == 4
     assert ledger.ledger_text(entries, 20, kind="plan") == "The ledger has no such entry."
     assert ledger.ledger_text([]) == "The ledger is empty."
+
+
+def test_a_text_that_is_no_utf8_does_not_lose_the_entry(tmp_path: Path) -> None:
+    append(tmp_path, why="no file \udcff", migrations=[{"name": "a\udc80"}])
+    (entry,) = run(tmp_path, "read")["entries"]
+    assert (entry["why"], entry["migrations"]) == ("no file ?", [{"name": "a?"}])

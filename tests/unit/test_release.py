@@ -149,6 +149,13 @@ def test_bill_of_materials_names_every_wheel_and_is_valid(build: Build, tmp_path
     assert said["pkg:pypi/idna@3.10"]["license"]["name"] == "BSD License"
 
 
+def test_a_release_of_another_application_is_refused(build: Build, tmp_path: Path) -> None:
+    archive, _ = build(tmp_path / "a")
+    with pytest.raises(r.ReleaseError, match="is one of shop, not of bakery"):
+        r.unpack(archive, tmp_path / "releases", signature(archive), signers(tmp_path), PYTHON, "bakery")
+    assert not (tmp_path / "releases").exists()
+
+
 def test_unpack_verifies_and_is_idempotent(build: Build, tmp_path: Path) -> None:
     archive, _ = build(tmp_path / "a")
     releases = tmp_path / "releases"

@@ -488,14 +488,16 @@ class Suite:
             yield
 
     def sweep(self) -> None:
-        """Remove what an interrupted rehearsal has left, unless somebody makes one at the moment."""
-        for cluster in self.clusters:
-            copy = Rehearsal(self, cluster)
-            with (self.directory / f"rehearsal-{cluster}.lock").open("w") as file, contextlib.suppress(BlockingIOError):
+        """Remove what an interrupted rehearsal has left, unless somebody has one, or makes one, of any cluster."""
+        copies = [Rehearsal(self, cluster) for cluster in self.clusters]
+        with contextlib.ExitStack() as held, contextlib.suppress(BlockingIOError):
+            for copy in copies:
+                file = held.enter_context((self.directory / f"rehearsal-{copy.cluster}.lock").open("w"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if copy.place.exists() and not copy.in_use():
-                    copy.remove()
-                    print(f"{cluster}: the copy of a rehearsal that has ended is removed", flush=True)
+            left = [copy for copy in copies if copy.place.exists()]
+            for copy in left if not any(each.in_use() for each in left) else []:
+                copy.remove()
+                print(f"{copy.cluster}: the copy of a rehearsal that has ended is removed", flush=True)
 
     def metrics(self) -> None:
         """Write what the repositories hold for the node exporter."""
