@@ -179,3 +179,43 @@ def test_a_failure_has_its_own_words() -> None:
     assert delivery.failure_words({"msg": "refused"}, "Choose", "localhost") == "Choose: refused"
     looped = {"msg": "One or more items failed", "results": [{"failed": True, "msg": "this"}, {"failed": False, "msg": "that"}]}
     assert delivery.failure_words(looped, "Ask", "a") == "Ask on a: this"
+
+
+def test_a_host_without_a_release_among_others_is_named() -> None:
+    there = {**TWO, "b": {**TWO["b"], "current": "", "kept": []}}
+    assert "b has no release, while a has one: run playbooks/replace_host.yml -e host=b" in delivery.deploy_obstacle(
+        there, {}, [], 30, "shop"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"begun": False, "migrated": True}, "The hosts still run r1"),
+        ({"back": True, "not_back": ["b did not come back"]}, "rollback.yml -e release=r1"),
+        ({}, "To go back: ansible-playbook -i inventories/x playbooks/rollback.yml -e release=r1"),
+        ({"back": True, "noticed": 0}, "Every host is back on release r1, and answers as it should"),
+    ],
+)
+def test_the_last_words_name_the_release_to_go_back_to(changes: dict[str, Any], words: str) -> None:
+    entry = delivery.delivery_entry("deploy", "r2", "r1", {**HOW, "problems": ["x"], **changes})
+    assert words in delivery.deploy_farewell(entry, "inventories/x", ["a", "b"])
+
+
+def test_migrations_that_the_release_before_cannot_bear_are_why_the_hosts_stay() -> None:
+    stays = [{"app": "shop", "name": "0002_drop", "why": "column note is gone"}]
+    assert (
+        "the release before cannot bear shop.0002_drop: column note is gone"
+        in delivery.delivery_entry("deploy", "r2", "r1", {**HOW, "problems": ["x"], "stays": stays})["why"]
+    )
+    assert "cannot bear" not in delivery.delivery_entry("deploy", "r2", "r1", {**HOW, "stays": stays})["why"]
+
+
+def test_a_rollback_without_a_host_says_what_is_left() -> None:
+    entry = delivery.delivery_entry("rollback", "r1", "r2", HOW)
+    assert "runs on a again" in delivery.rollback_farewell(entry, "i", ["a"], [])
+    assert "b did not answer and was left as it was" in delivery.rollback_farewell(entry, "i", ["a"], ["b"])
+    failed = delivery.delivery_entry("rollback", "r1", "r2", {**HOW, "problems": ["x"]})
+    assert "playbooks/rollback.yml -e release=r1" in delivery.rollback_farewell(failed, "i", ["a"], [])
+    assert "The ledger does not have this: disk full" in delivery.unrecorded("disk full", "i")
+    assert delivery.unrecorded("", "i") == ""
