@@ -90,6 +90,11 @@ def member_units(clusters: Sequence[str], settings: Mapping[str, Any]) -> list[d
     ]
 
 
+def command_words(result: Mapping[str, Any]) -> list[str]:
+    """What a command printed, complaints last, as lines."""
+    return [line for stream in ("stdout", "stderr") for line in str(result.get(stream) or "").splitlines() if line.strip()]
+
+
 class FilterModule:
     """Gives the filters to Ansible."""
 
@@ -98,5 +103,6 @@ class FilterModule:
             "clusters_of": clusters_of,
             "backup_members": backup_members,
             "repository_units": repository_units,
+            "command_words": command_words,
             "member_units": member_units,
         }

@@ -506,3 +506,8 @@ def test_a_copy_lets_in_one_user_from_one_host_and_shows_a_certificate_of_its_ow
     )
     assert "DNS:db-1, IP Address:10.0.0.1" in shown.stdout
     assert (copy.place / "copy.key").stat().st_mode & 0o077 == 0
+
+
+def test_what_a_command_said_is_shown_with_complaints_last() -> None:
+    assert units.command_words({"stdout": "one\n\ntwo", "stderr": "but"}) == ["one", "two", "but"]
+    assert units.command_words({"stdout": None}) == []
