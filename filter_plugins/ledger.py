@@ -173,11 +173,6 @@ def ledger_previous(entries: Sequence[Entry], current: str, kept: Sequence[str])
     return next((release for release in reversed(ran) if release != current and release in kept and release not in bad), "")
 
 
-def ledger_attempt(entries: Sequence[Entry], content_digest: str) -> int:
-    """How often a plan with this content was carried out, well or not: migration entries whose `content` is this digest."""
-    return sum(entry["kind"] == "migration" and entry.get("content") == content_digest for entry in entries)
-
-
 def _newest(entries: Sequence[Entry], kind: str, **wanted: str) -> Entry:
     found = (e for e in reversed(entries) if e["kind"] == kind and all(e.get(key) == value for key, value in wanted.items()))
     return next(found, {})
@@ -188,26 +183,9 @@ def ledger_shown(entries: Sequence[Entry], fingerprint: str) -> str:
     return str(_newest(entries, "plan", fingerprint=fingerprint).get("at", ""))
 
 
-def ledger_used(entries: Sequence[Entry], fingerprint: str) -> dict[str, Any]:
-    """The migration that used the approval of this fingerprint; empty when none did."""
-    return dict(_newest(entries, "migration", fingerprint=fingerprint))
-
-
 def ledger_rehearsal(entries: Sequence[Entry], current: str, release: str) -> dict[str, Any]:
     """The newest rehearsal of `release` while `current` ran; empty when there was none."""
     return dict(_newest(entries, "rehearsal", current=current, release=release))
-
-
-def ledger_migrations(entries: Sequence[Entry]) -> dict[str, dict[str, dict[str, Any]]]:
-    """{database: {"app.name": its newest record}}: what the entry lists of it; at, run, release, outcome and restore_point of the entry."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for entry in entries:
-        if entry["kind"] != "migration":
-            continue
-        shared = {key: entry.get(key, "") for key in ("at", "run", "release", "outcome", "restore_point")}
-        for one in entry.get("migrations", []):
-            found.setdefault(one["database"], {})[f"{one['app']}.{one['name']}"] = {**one, **shared}
-    return found
 
 
 def ledger_longest(reads: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
@@ -314,11 +292,8 @@ class FilterModule:
             "ledger_remedy": ledger_remedy,
             "ledger_bad": ledger_bad,
             "ledger_previous": ledger_previous,
-            "ledger_attempt": ledger_attempt,
             "ledger_shown": ledger_shown,
-            "ledger_used": ledger_used,
             "ledger_rehearsal": ledger_rehearsal,
-            "ledger_migrations": ledger_migrations,
             "ledger_longest": ledger_longest,
             "ledger_text": ledger_text,
             "record_notes": record_notes,

@@ -386,29 +386,14 @@ def test_the_release_to_go_back_to(told: tuple[Any, ...], current: str, kept: st
     assert ledger.ledger_previous(story(*told), current, list(kept)) == previous
 
 
-def test_approvals_and_migrations() -> None:
-    step = {"database": "core", "app": "shop", "name": "0002_x", "seconds": 1.5, "reversible": True, "compatible": True, "why": "adds"}
-    base = {**COMMON, "release": "B"}
+def test_the_newest_rehearsal_of_a_release_while_another_ran() -> None:
+    base = {**COMMON, "release": "B", "kind": "rehearsal"}
     entries = [
-        {**base, "kind": "plan", "at": "t1", "fingerprint": "f1"},
-        {**base, "kind": "plan", "at": "t2", "fingerprint": "f1"},
-        {**base, "kind": "migration", "at": "t3", "fingerprint": "f1", "content": "c", "outcome": "failed", "migrations": [step]},
-        {**base, "kind": "migration", "at": "t4", "fingerprint": "f2", "content": "c", "outcome": "succeeded", "restore_point": "p",
-         "migrations": [{**step, "reversible": False}, {**step, "database": "plugins", "name": "0003_y"}]},
-        {**base, "kind": "rehearsal", "at": "t5", "current": "A", "outcome": "failed"},
-        {**base, "kind": "rehearsal", "at": "t6", "current": "A", "outcome": "passed"},
-        {**base, "kind": "rehearsal", "at": "t7", "current": "Z", "outcome": "failed"},
-    ]  # fmt: skip
-    assert (ledger.ledger_shown(entries, "f1"), ledger.ledger_shown(entries, "f2")) == ("t2", "")
-    assert (ledger.ledger_used(entries, "f1")["at"], ledger.ledger_used(entries, "f9")) == ("t3", {})
-    assert (ledger.ledger_attempt(entries, "c"), ledger.ledger_attempt(entries, "d")) == (2, 0)
+        {**base, "at": "t5", "current": "A", "outcome": "failed"},
+        {**base, "at": "t6", "current": "A", "outcome": "passed"},
+        {**base, "at": "t7", "current": "Z", "outcome": "failed"},
+    ]
     assert (ledger.ledger_rehearsal(entries, "A", "B")["at"], ledger.ledger_rehearsal(entries, "B", "A")) == ("t6", {})
-    found = ledger.ledger_migrations(entries)
-    assert set(found) == {"core", "plugins"}
-    assert found["core"]["shop.0002_x"] == {
-        **step, "reversible": False, "at": "t4", "run": COMMON["run"], "release": "B", "outcome": "succeeded", "restore_point": "p",
-    }  # fmt: skip
-    assert ledger.ledger_migrations([]) == {}
 
 
 def test_the_table_for_people() -> None:
