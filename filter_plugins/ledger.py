@@ -178,11 +178,6 @@ def _newest(entries: Sequence[Entry], kind: str, **wanted: str) -> Entry:
     return next(found, {})
 
 
-def ledger_shown(entries: Sequence[Entry], fingerprint: str) -> str:
-    """When the plan with this fingerprint was last shown, as ISO text; empty when it never was."""
-    return str(_newest(entries, "plan", fingerprint=fingerprint).get("at", ""))
-
-
 def ledger_rehearsal(entries: Sequence[Entry], current: str, release: str) -> dict[str, Any]:
     """The newest rehearsal of `release` while `current` ran; empty when there was none."""
     return dict(_newest(entries, "rehearsal", current=current, release=release))
@@ -292,7 +287,6 @@ class FilterModule:
             "ledger_remedy": ledger_remedy,
             "ledger_bad": ledger_bad,
             "ledger_previous": ledger_previous,
-            "ledger_shown": ledger_shown,
             "ledger_rehearsal": ledger_rehearsal,
             "ledger_longest": ledger_longest,
             "ledger_text": ledger_text,
