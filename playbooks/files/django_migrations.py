@@ -241,11 +241,12 @@ def judged(operation: Any, app: str, *what: Any) -> tuple[bool | None, str]:
 
 
 def judge(
-    operation: Any, app: str, sql: list[str], editor: Any, before: Any, after: Any, base: dict[Any, set[str]]
+    operation: Any, app: str, sql: list[str], editor: Any, before: Any, after: Any, base: dict[str, set[str]]
 ) -> tuple[bool | None, str]:
     """Whether a release that does not know this operation can run after it (None: cannot be told), and why not.
 
-    `base`: model to its fields as they were before the first pending migration: what the release before can know.
+    `base`: table to its columns as they were before the first pending migration: what the release before can know, whatever models are
+    called since.
     """
     from django.contrib.postgres import operations as postgres
     from django.db.migrations import operations as kinds
@@ -265,13 +266,13 @@ def judge(
         return True, ""
     named = "old_name" if isinstance(operation, kinds.RenameModel) else "model_name" if hasattr(operation, "model_name") else "name"
     name = getattr(operation, named, "")
-    if (app, name.lower()) in before.models and (app, name.lower()) not in base:
+    if (app, name.lower()) in before.models and before.apps.get_model(app, name)._meta.db_table not in base:
         return True, ""  # made by this very plan
     return _judge_known(operation, app, name.lower(), editor, before, after, base)
 
 
 def _judge_known(
-    operation: Any, app: str, model: str, editor: Any, before: Any, after: Any, base: dict[Any, set[str]]
+    operation: Any, app: str, model: str, editor: Any, before: Any, after: Any, base: dict[str, set[str]]
 ) -> tuple[bool | None, str]:
     """The same for an operation of Django on a table that the release before knows."""
     from django.db.migrations import operations as kinds
@@ -281,22 +282,25 @@ def _judge_known(
 
     if isinstance(operation, kinds.AddField):
         field = after.apps.get_model(app, model)._meta.get_field(operation.name)
-        if field.many_to_many or field.null or has_database_default(field) or getattr(field, "generated", False):
+        if field.many_to_many or field.null or getattr(field, "generated", False):
             return True, ""
+        if has_database_default(field):
+            again = f"the second insert of the release before fails: {table(after)}.{field.column} is unique"
+            return (False, again) if field.unique else (True, "")
         return False, f"inserts of the release before fail: no value for {table(after)}.{field.column}"
     if isinstance(operation, kinds.AlterField | kinds.RemoveField | kinds.RenameField):
         name = operation.old_name if isinstance(operation, kinds.RenameField) else operation.name
-        if name not in base.get((app, model), set()):
+        old = before.apps.get_model(app, model)._meta.get_field(name)
+        if old.many_to_many and old.remote_field.through._meta.db_table not in base:
+            return True, ""
+        if not old.many_to_many and old.column not in base.get(table(before), set()):
             return True, ""
         if isinstance(operation, kinds.AlterField):
-            old = before.apps.get_model(app, model)._meta.get_field(name)
             new = after.apps.get_model(app, model)._meta.get_field(name)
             narrower = narrowing(editor.connection, old, new)
             return (False, f"{table(after)}.{new.column} {narrower}") if narrower else (True, "")
         what = "is gone" if isinstance(operation, kinds.RemoveField) else f"is called {operation.new_name}"
-        field = before.apps.get_model(app, model)._meta.get_field(name)
-        column = field.column or name
-        return False, f"queries of the release before fail: {table(before)}.{column} {what}"
+        return False, f"queries of the release before fail: {table(before)}.{old.column or name} {what}"
     if isinstance(operation, kinds.DeleteModel):
         return False, f"queries of the release before fail: table {table(before)} is gone"
     if isinstance(operation, kinds.RenameModel):
@@ -318,6 +322,12 @@ def _judge_known(
     if type(operation).__name__ == "RemoveCollation":
         return None, "whether the release before uses the collation cannot be told"
     return True, ""  # indexes, extensions, comments, what relaxes
+
+
+def columns_of(state: Any) -> dict[str, set[str]]:
+    """Table to its columns, of all models of a state."""
+    models = state.apps.get_models(include_auto_created=True)
+    return {model._meta.db_table: {field.column for field in model._meta.local_concrete_fields} for model in models}
 
 
 def has_database_default(field: Any) -> bool:
@@ -345,6 +355,10 @@ def narrowing(connection: Any, old: Any, new: Any) -> str:
     before, after = old.db_parameters(connection), new.db_parameters(connection)
     if after["check"] and after["check"] != before["check"]:
         return f"refuses values outside {after['check']}"
+    if old.db_type_suffix(connection) and not new.db_type_suffix(connection):
+        return "is no longer numbered by itself"
+    if before.get("collation") != after.get("collation"):
+        return "is compared in another way"
     if not wider(before["type"] or "", after["type"] or ""):
         return f"is {after['type']}, was {before['type']}"
     return ""
@@ -480,7 +494,7 @@ class Release:
         forwards = [migration for migration, backwards in steps if not backwards]
         if forwards:
             state = self.state()
-            base = {key: set(model.fields) for key, model in state.models.items()}
+            base = columns_of(state) if state.models else {}
             for migration in forwards:
                 entry, state = self._forwards(migration, state, base)
                 result.append(entry)
@@ -489,7 +503,7 @@ class Release:
         result += [self._backwards(migration, states[migration]) for migration in behind]
         return result
 
-    def _forwards(self, migration: Any, state: Any, base: dict[Any, set[str]]) -> tuple[dict[str, Any], Any]:
+    def _forwards(self, migration: Any, state: Any, base: dict[str, set[str]]) -> tuple[dict[str, Any], Any]:
         sql: list[str] = []
         verdicts: list[tuple[bool | None, str]] = []
         with self.connection.schema_editor(collect_sql=True, atomic=migration.atomic) as editor:

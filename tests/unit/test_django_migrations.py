@@ -390,3 +390,20 @@ def test_a_default_that_is_computed_does_not_make_another_plan_each_time(shop: W
 
     shop.run("apply", "core", "--expect", migration_digest(first))
     assert shop.rows("SELECT count(DISTINCT key) FROM shop_item WHERE made > now() - interval '1 hour'") == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("operations", "told"),
+    [
+        ('AlterField("item", "name", models.CharField(max_length=50, db_column="title")), RemoveField("item", "name")', "was called name"),
+        ('RenameField("item", "name", "title"), RemoveField("item", "title")', "shop_item.name is called title"),
+        ('AlterField("item", "id", models.IntegerField(primary_key=True))', "is no longer numbered by itself"),
+        ('AddField("item", "mark", models.CharField(max_length=5, db_default="x", unique=True))', "shop_item.mark is unique"),
+        ('AddField("item", "extra", models.TextField(null=True)), RemoveField("item", "extra")', ""),
+    ],
+)
+def test_what_the_release_before_uses_is_known_by_table_and_column(shop: World, operations: str, told: str) -> None:
+    shop.migration("0002_more", operations, "0001_initial")
+    (entry,) = shop.plan()["pending"]
+    assert entry["compatible"] is (not told), entry
+    assert told in entry["why"]
