@@ -239,6 +239,19 @@ def test_subnet_in_use_is_refused_and_nothing_is_made(lab: Lab) -> None:
     assert lab.up()["changed"] is False
 
 
+def test_network_that_a_killed_lab_left_is_taken_away(lab: Lab) -> None:
+    lab.up()
+    bridge = lab.bridge()
+    for host in lab.hosts:
+        lab.fault("power-off", host)
+    heir = Lab("testc", lab.subnet)
+    heir.up()
+    assert all(heir.reachable(host) for host in heir.hosts)
+    assert not Path(f"/sys/class/net/{bridge}").exists()
+    assert bridge not in run("nft", "list", "tables")
+    heir.down()
+
+
 def test_wrong_addresses_are_refused(lab: Lab) -> None:
     description = json.loads(lab.config.read_text())
     for hosts, words in (

@@ -30,6 +30,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -46,6 +47,7 @@ BOOT_LIMIT_SECONDS = 120
 CACHE_PORT_IN_LAB = 3142
 IMAGE_VERSION = "3"
 DROP_TABLE = "evenkeel_lab"
+BRIDGE_NAME = re.compile("ek[0-9a-f]{8}")
 FAULTS = {
     "power-off": "cut the power of hosts",
     "power-on": "boot hosts that are off",
@@ -340,16 +342,35 @@ def finish_image(root: Path) -> None:
 # --- network ---------------------------------------------------------------------------------------------------------
 
 
+def has_hosts(bridge: str) -> bool:
+    """Whether a host of the lab with this bridge runs, whoever started it and from which state folder."""
+    words = f"--machine={bridge}-".encode()
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if words in command.read_bytes():
+                return True
+    return False
+
+
 def refuse_used_subnet(lab: Lab) -> None:
-    """Two labs, or a lab and the machine's own network, must not share addresses."""
+    """Two labs, or a lab and the machine's own network, must not share addresses.
+
+    The bridge of a lab of which no host is left (its processes were killed, its folder perhaps deleted) is taken away.
+    """
     for link in json.loads(run("ip", "-json", "-4", "address").stdout):
+        name = link["ifname"]
         for address in link.get("addr_info", []):
             used = ipaddress.IPv4Interface(f"{address['local']}/{address['prefixlen']}").network
-            if link["ifname"] != lab.bridge and used.overlaps(lab.network):
-                raise LabError(
-                    f"lab {lab.name}: subnet {lab.subnet} overlaps {used} of interface {link['ifname']}; another lab "
-                    f"or network uses it. Remove that lab (`make clean` in its checkout) or set another `lab_subnet`"
-                )
+            if name == lab.bridge or not used.overlaps(lab.network):
+                continue
+            if BRIDGE_NAME.fullmatch(name) and not has_hosts(name):
+                run("ip", "link", "delete", name)
+                run("nft", "delete", "table", "ip", f"evenkeel_{name}", check=False)
+                continue
+            raise LabError(
+                f"lab {lab.name}: subnet {lab.subnet} overlaps {used} of interface {name}; another lab "
+                f"or network uses it. Remove that lab (`make clean` in its checkout) or set another `lab_subnet`"
+            )
 
 
 def sysctl_path(name: str) -> Path:
