@@ -54,6 +54,9 @@ proof: ## 4,000 accepted jobs while workers, broker, databases and web are kille
 soak: setup ## ten minutes of writes, requests and jobs on the full topology, two random faults every two minutes (after make lab)
 	@bin/soak
 
+deliveries: setup ## 20 deploys and 20 rollbacks under load, on two hosts and on the demo: nothing fails, nothing is lost (after make demo; about 2 hours)
+	@bin/deliveries
+
 bench: ## the job engine beside plain Celery: jobs in a second, delay from acceptance to start
 	@bin/bench
 
@@ -66,4 +69,4 @@ lock: setup ## resolve requirements.lock again from pyproject.toml
 clean: ## stop and remove every lab host (processes, mounts, bridges, nft rules); keeps secrets, releases and caches
 	@$(SUDO) python3 roles/lab/files/lab.py down --all "$(EVENKEEL_STATE)"
 
-.PHONY: help setup demo lab lab-down test lint unit proof soak bench docs lock clean
+.PHONY: help setup demo lab lab-down test lint unit proof soak deliveries bench docs lock clean

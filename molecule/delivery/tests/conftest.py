@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +13,16 @@ import testinfra
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 sys.path.append(str(Path(__file__).resolve().parents[2] / "pairs"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import suite
-from load.browsing import Browsing
-from load.jobs import Jobs, Outcome
 from load.places import Platform
 from suite import ROOT, STATE, Run
+from users import Load, users
 
 INVENTORY = ROOT / "molecule/delivery/inventory"
 KEPT = STATE / "inventories/delivery"  # what the controller keeps of the platform
 HOSTS = ("web-1", "web-2")
-JOBS_LIMIT_SECONDS = 300
 MIGRATIONS = "drydock/src/drydock/documents/migrations"
 MODELS = "drydock/src/drydock/documents/models.py"
 
@@ -137,38 +133,8 @@ def models_with_note() -> str:
     return text.replace(line, line + "    note = models.TextField(null=True)  # noqa: DJ001\n", 1)
 
 
-@dataclass
-class Load:
-    """Users who look at pages and ask for documents and exports, for as long as it is open."""
-
-    browsing: Browsing
-    jobs: Jobs
-    outcome: Outcome | None = None
-
-    def failures(self) -> list[str]:
-        return [each.failure for each in self.browsing.requests if each.failure]
-
-    def over(self) -> Outcome:
-        """End it, and see what became of everything that was accepted."""
-        self.browsing.stop()
-        self.jobs.stop()
-        self.outcome = self.jobs.outcome(JOBS_LIMIT_SECONDS)
-        return self.outcome
-
-
 @pytest.fixture
 def load(platform: Platform) -> Iterator[Load]:
     """A few requests a second and a job every few seconds."""
-    password = platform.secret("app_demo_password")
-    names = [f"deliver-{int(time.time()):x}-{number}" for number in range(3)]
-    made = " && ".join(f"drydock-run drydock ensure_user --username {name} --password-env DRYDOCK_DEMO_PASSWORD" for name in names)
-    platform.ssh("web-1", made, limit_seconds=180)
-    with tempfile.TemporaryDirectory() as folder:
-        one = Load(Browsing(platform, names[0], password, 10), Jobs(platform, names, password, Path(folder), 15))
-        one.browsing.start()
-        one.jobs.start()
-        try:
-            yield one
-        finally:
-            one.browsing.stop()
-            one.jobs.stop()
+    with users(platform, requests_per_second=10, jobs_per_minute=15) as one:
+        yield one
