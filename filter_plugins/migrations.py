@@ -268,11 +268,11 @@ def migration_plan_entry(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def migration_result(done: Mapping[str, Any]) -> dict[str, Any]:
-    """What apply or reverse said, of the result of `command`: {outcome, why, migrations, heads}; also when it was cut off."""
+    """What apply or reverse said, of the result of `command`: {outcome, why, migrations, heads, partial}; cut off: without `partial`."""
     lines = str(done.get("stdout") or "").strip().splitlines()
     try:
         said = json.loads(lines[-1])
-        return {key: said[key] for key in ("outcome", "why", "migrations", "heads")}
+        return {**{key: said[key] for key in ("outcome", "why", "migrations", "heads")}, "partial": said.get("partial", [])}
     except (IndexError, ValueError, KeyError, TypeError):
         told = str(done.get("stderr") or done.get("msg") or "").strip().splitlines()
         last = told[-1].strip() if told else "it said nothing"
@@ -280,13 +280,17 @@ def migration_result(done: Mapping[str, Any]) -> dict[str, Any]:
         return {"outcome": "failed", "why": why, "migrations": [], "heads": {}}
 
 
+def _key(entry: Mapping[str, Any]) -> tuple[str, str, str]:
+    return str(entry["database"]), str(entry["app"]), str(entry["name"])
+
+
 def migration_entry(done: Mapping[str, Any], plan: Mapping[str, Any], restore_point: str) -> dict[str, Any]:
     """What the ledger keeps of migrations that ran. `done`: the result of `command` for apply or reverse, `plan`: the completed plan."""
     result = migration_result(done)
-    planned = {(entry["database"], entry["app"], entry["name"]): entry for entry in plan["pending"]}
+    planned = {_key(entry): entry for entry in plan["pending"]}
     records = []
     for each in result["migrations"]:
-        entry = planned.get((each["database"], each["app"], each["name"]))
+        entry = planned.get(_key(each))
         record = {key: each[key] for key in ("database", "app", "name", "seconds")}
         if entry is None:  # only recorded: a squash, or what it replaces
             record |= {"reversible": True, "compatible": True, "why": "it stands for migrations that were applied otherwise"}
@@ -297,6 +301,12 @@ def migration_entry(done: Mapping[str, Any], plan: Mapping[str, Any], restore_po
         records.append(record)
     kept = {key: plan[key] for key in ("release", "fingerprint", "content")}
     told = {"outcome": result["outcome"], "why": result["why"], "migrations": records, "heads": result["heads"]}
+    unfinished = result.get("partial", [entry for entry in plan["pending"] if not entry.get("atomic", True)])
+    if unfinished:
+        told["partial"] = [
+            {**{key: each[key] for key in ("database", "app", "name")}, "compatible": planned.get(_key(each), {}).get("compatible")}
+            for each in unfinished
+        ]
     return {"kind": "migration", **kept, **told, "restore_point": restore_point}
 
 
@@ -338,7 +348,10 @@ def migration_failure(entry: Mapping[str, Any], plan: Mapping[str, Any], invento
 
 
 def _records(entries: Sequence[Mapping[str, Any]], after: int = 0) -> dict[tuple[str, str], dict[str, Any]]:
-    """(database, app.name) to what the ledger says of the migrations that are applied now; `after`: only of later entries."""
+    """(database, app.name) to what the ledger says of the migrations that are applied now; `after`: only of later entries.
+
+    Those of which a part may be there, because they failed midway and are not atomic, have `partial`.
+    """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for entry in entries:
         if entry["kind"] != "migration" or int(entry.get("seq", 1)) <= after:
@@ -348,6 +361,10 @@ def _records(entries: Sequence[Mapping[str, Any]], after: int = 0) -> dict[tuple
             found.pop(key, None)
             if not each.get("backwards"):
                 found[key] = {**each, "release": entry["release"]}
+        for each in entry.get("partial", []):
+            why = "it failed midway, is not atomic, and what it did before stays"
+            key = (str(each["database"]), migration_name(each))
+            found[key] = {**each, "partial": True, "reversible": False, "why": why, "release": entry["release"]}
     return found
 
 
@@ -408,6 +425,8 @@ def _ahead(state: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], targe
         records = _records(entries)
         keys = [(database, name) for database, names in state["unknown"].items() for name in names]
         keys = [key for key in keys if key in records or not _left_behind(state, *key)]
+        known = {(database, name) for database, names in state.get("known", {}).items() for name in names}
+        keys += [key for key, record in records.items() if record.get("partial") and key not in known and key not in keys]
     else:
         ran = [int(each["seq"]) for each in entries if each["kind"] in ("deploy", "rollback") and _runs(each) == target]
         records = _records(entries, after=max(ran, default=0))

@@ -113,7 +113,7 @@ def from_index(requirement: str, locks: Path, ref: str) -> Origin:
 
 def unpack_project(origin: Origin, folder: Path) -> Path:
     """The project as it stands in the commit, below `folder`."""
-    command = ["git", "-C", str(origin.repository), "archive", "--format=tar", origin.commit, origin.project]
+    command = ["git", "-C", str(origin.repository), "-c", "tar.umask=0022", "archive", "--format=tar", origin.commit, origin.project]
     archive = subprocess.run(command, capture_output=True, check=False)
     if archive.returncode:
         raise ReleaseError(f"commit {origin.commit[:12]} has no folder {origin.project}: check app.install.project in the app contract")
@@ -127,7 +127,8 @@ def build_wheel(origin: Origin, folder: Path, epoch: int) -> Path:
     project, out = unpack_project(origin, folder / "source"), folder / "out"
     words = ["wheel", "-qq", "--no-deps", "--no-cache-dir", "--wheel-dir", str(out), str(project)]
     environment = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch)}
-    built = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True, check=False, env=environment)
+    # the modes of files are in the wheel
+    built = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True, check=False, env=environment, umask=0o022)
     if built.returncode:
         raise ReleaseError(f"building {origin.project} failed: {' / '.join(built.stderr.strip().splitlines()[-3:])}")
     (wheel,) = out.glob("*.whl")
@@ -288,5 +289,8 @@ def build(
 def packages(release: Path) -> list[tuple[str, str]]:
     """Name and version of each package of an unpacked release, without the project of a repository: an index knows at most its namesake."""
     manifest = json.loads((release / "manifest.json").read_text())
-    pins = [(pin.name, pin.version) for pin in parse_lock((release / "wheelhouse" / LOCK_NAME).read_bytes())]
-    return pins[:-1] if manifest["source"] == "git" else pins
+    names = [pin.name for pin in parse_lock((release / "wheelhouse" / LOCK_NAME).read_bytes())]
+    own = names[-1] if manifest["source"] == "git" else ""
+    # of the wheels, for a lock can say `==2.*`; a local version (2.1.0+cpu) is known to no advisory
+    wheels = [wheel_identity(path.name) for path in sorted((release / "wheelhouse").glob("*.whl"))]
+    return [(name, version.partition("+")[0]) for name, version in wheels if name != own]

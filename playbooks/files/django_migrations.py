@@ -436,6 +436,25 @@ class Release:
         except InconsistentMigrationHistory as error:
             raise Refused(f"the history of {self.alias} does not fit this release: {one_line(error)}") from None
 
+    def squashes(self) -> list[Any]:
+        """The squashed migrations that stand for applied ones and are not recorded as applied: Django's migrate records them at its end."""
+        applied = set(self.applied())
+        return [
+            migration
+            for key, migration in sorted(self.loader.replacements.items())
+            if key not in applied and migration.replaces and applied.issuperset((app, name) for app, name in migration.replaces)
+        ]
+
+    def recorded(self) -> list[dict[str, Any]]:
+        """Those, as entries of a plan."""
+        told = [(migration, ", ".join(names(migration.replaces))) for migration in self.squashes()]
+        why = "only a row in django_migrations is written"
+        return [
+            {**self._entry(migration, []), "operations": [f"Record that it stands for {replaced}, which are applied"],
+             "reversible": True, "compatible": True, "why": why}
+            for migration, replaced in told
+        ]  # fmt: skip
+
     def steps(self, to: dict[str, str] | None = None) -> list[tuple[Any, bool]]:
         """(migration, backwards) in the order in which Django would run them. `to`: app to migration or `zero`; without it the newest."""
         if to is None:
@@ -662,7 +681,7 @@ def plan(databases: list[str], systems: dict[str, str], to: dict[str, dict[str, 
         result["applied"][alias] = names(release.applied())
         result["unknown"][alias] = names(release.unknown())
         result["heads"][alias] = release.heads(steps)
-        result["pending"] += release.pending(steps)
+        result["pending"] += release.pending(steps) + (release.recorded() if to is None else [])
     return result
 
 
@@ -744,15 +763,16 @@ class Runner:
         self.tries = tries
         self.statement_timeout_seconds = statement_timeout_seconds
         self.done: list[dict[str, Any]] = []
+        self.partial: list[dict[str, Any]] = []
         self.total = 0
         self.stopped_at = ""
 
-    def run(self, release: Release, guard: Guard, steps: list[tuple[Any, bool]]) -> None:
+    def run(self, release: Release, guard: Guard, steps: list[tuple[Any, bool]], *, going_back: bool) -> None:
         """Run the steps of one database, with the signals that Django's migrate sends."""
         from django.core.management import call_command
         from django.core.management.sql import emit_post_migrate_signal, emit_pre_migrate_signal
 
-        if not steps:
+        if not steps and (going_back or not release.squashes()):
             return
         before = set(release.applied())
         executor, alias, silent = release.executor, release.alias, {"verbosity": 0, "interactive": False}
@@ -760,15 +780,14 @@ class Runner:
         executor.recorder.ensure_schema()
         state = release.state()
         emit_pre_migrate_signal(**silent, db=alias, apps=state.apps, plan=steps)
-        backwards = steps[0][1]
-        states = release.states_before([migration for migration, _ in steps]) if backwards else {}
+        states = release.states_before([migration for migration, _ in steps]) if going_back else {}
         for migration, _ in steps:
-            if backwards:
+            if going_back:
                 self._step(release, guard, migration, lambda each=migration: executor.unapply_migration(states[each], each))
             else:
                 state = self._step(release, guard, migration, lambda each=migration, now=state: executor.apply_migration(now.clone(), each))
         self.stopped_at = f"{alias}: the signals after migrations"
-        if backwards:
+        if going_back:
             emit_post_migrate_signal(**silent, db=alias, apps=Release(alias).state().apps, plan=steps)
         else:
             call_command("migrate", **silent, database=alias, skip_checks=True)  # nothing is pending: what Django does at its end
@@ -782,6 +801,7 @@ class Runner:
         """One migration, again after a lock time-out, unless some of it would stay."""
         name = f"{migration.app_label}.{migration.name}"
         self.stopped_at = name
+        self.partial = [] if migration.atomic else [{"database": release.alias, "app": migration.app_label, "name": migration.name}]
         undone = migration.atomic or all_or_nothing(migration)
         for attempt in range(1, self.tries + 1):
             guard.watch(release.connection)
@@ -807,6 +827,7 @@ class Runner:
             seconds = round(time.monotonic() - started, 3)
             say(f"{release.alias} {name} … {seconds:.1f} s")
             self.done.append({"database": release.alias, "app": migration.app_label, "name": migration.name, "seconds": seconds})
+            self.partial = []
             return result
         raise AssertionError("the loop returns or raises")
 
@@ -828,12 +849,14 @@ def prepare_concurrent(connection: Any, migration: Any) -> None:
     """Before an index is built or dropped beside the traffic: wait for locks without end, and drop what a broken try left.
 
     Such work waits for running transactions without holding anybody up, and a time-out would leave an invalid index. The statement
-    time-out still ends it.
+    time-out still ends it. What else the migration does holds others up, so with it the time-out stays.
     """
     kinds = [type(operation).__name__ for operation in migration.operations]
-    if not {"AddIndexConcurrently", "RemoveIndexConcurrently"} & set(kinds):
+    concurrent = {"AddIndexConcurrently", "RemoveIndexConcurrently"} & set(kinds)
+    if not concurrent:
         return
-    rows_set(connection, "lock_timeout", "0")
+    if concurrent == set(kinds):
+        rows_set(connection, "lock_timeout", "0")
     for operation in (each for each, kind in zip(migration.operations, kinds, strict=True) if kind == "AddIndexConcurrently"):
         for (name,) in rows(
             connection,
@@ -874,7 +897,7 @@ def run(options: argparse.Namespace, to: dict[str, dict[str, str]] | None) -> di
             pending = []
             for release, steps in work:
                 rows_set(release.connection, "default_transaction_read_only", "on")  # as the plan was made
-                pending += release.pending(steps)
+                pending += release.pending(steps) + (release.recorded() if to is None else [])
                 rows_set(release.connection, "default_transaction_read_only", "off")
             if digest_of(pending) != options.expect:
                 raise Refused("what is pending now is not what was approved, so nothing was applied; look at the plan again")
@@ -883,7 +906,7 @@ def run(options: argparse.Namespace, to: dict[str, dict[str, str]] | None) -> di
             raise Refused(f"{irreversible[0]} cannot be reversed, so nothing was changed")
         runner.total = sum(len(steps) for _, steps in work)
         for (release, steps), guard in zip(work, guards, strict=True):
-            runner.run(release, guard, steps)
+            runner.run(release, guard, steps, going_back=to is not None)
     except Refused as error:
         result |= {"outcome": "failed", "why": str(error), "stopped_at": runner.stopped_at}
     except KeyboardInterrupt:
@@ -895,6 +918,7 @@ def run(options: argparse.Namespace, to: dict[str, dict[str, str]] | None) -> di
     finally:
         for guard in guards:
             guard.close()
+    result["partial"] = runner.partial
     for alias in options.databases:
         try:
             result["heads"][alias] = Release(alias).heads([])

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from migration_world import World, cluster
 
+from filter_plugins.migrations import migration_digest
+
 ITEM = 'CreateModel("Item", [("id", models.BigAutoField(primary_key=True)), ("name", models.CharField(max_length=20))])'
 NULLABLE = 'AddField("item", "note", models.TextField(null=True))'
 FILLED = 'AddField("item", "note", models.TextField(default=""))'
@@ -178,8 +180,6 @@ def test_code_is_not_run_by_a_plan(shop: World) -> None:
 
 
 def test_only_what_was_approved_is_applied(shop: World) -> None:
-    from filter_plugins.migrations import migration_digest
-
     shop.migration("0002_note", NULLABLE, "0001_initial")
     digest = migration_digest(shop.plan()["pending"])
     shop.migration("0002_note", FILLED, "0001_initial")
@@ -254,6 +254,28 @@ def test_what_is_not_atomic_is_not_tried_again(shop: World) -> None:
         result, _told = shop.run("apply", "core", *QUICK, code=1)
     assert "lock time-out in 1 try" in result["why"]
     assert "it is not atomic, so what it did before the error stays. 0 of 1" in result["why"]
+    assert result["partial"] == [{"database": "core", "app": "shop", "name": "0002_note"}]
+
+
+def test_a_squash_of_what_is_applied_is_recorded_when_that_was_approved(shop: World) -> None:
+    """Else a later release without the old migrations would make its tables again."""
+    shop.migration("0002_note", NULLABLE, "0001_initial")
+    shop.run("apply", "core")
+    both = "Replaces = [('shop', '0001_initial'), ('shop', '0002_note')]"
+    shop.migration("0001_squashed", f"{ITEM}, {NULLABLE}", None, both)
+    text = (shop.migrations() / "0001_squashed.py").read_text().replace("    dependencies", "    replaces = Replaces\n    dependencies", 1)
+    (shop.migrations() / "0001_squashed.py").write_text(text)
+    plan = shop.plan()
+    (entry,) = plan["pending"]
+    assert (entry["name"], entry["sql"], entry["tables"]) == ("0001_squashed", [], [])
+    assert entry["operations"] == ["Record that it stands for shop.0001_initial, shop.0002_note, which are applied"]
+    assert outcome(entry) == (True, True, "only a row in django_migrations is written")
+    result = shop.run("apply", "core", "--expect", migration_digest(plan["pending"]))[0]
+    assert [(each["name"], each["recorded"]) for each in result["migrations"]] == [("0001_squashed", True)]
+    assert shop.plan()["pending"] == []
+    for name in ("0001_initial", "0002_note"):
+        (shop.migrations() / f"{name}.py").unlink()
+    assert shop.plan()["pending"] == []
 
 
 def test_one_runner_at_a_time(shop: World) -> None:
@@ -386,8 +408,6 @@ def test_a_default_that_is_computed_does_not_make_another_plan_each_time(shop: W
     first, second = shop.plan()["pending"], shop.plan()["pending"]
     assert first == second
     assert "'<now>'" in " ".join(first[0]["sql"]) and "'<uuid.uuid4>'" in " ".join(first[0]["sql"])
-    from filter_plugins.migrations import migration_digest
-
     shop.run("apply", "core", "--expect", migration_digest(first))
     assert shop.rows("SELECT count(DISTINCT key) FROM shop_item WHERE made > now() - interval '1 hour'") == [(1,)]
 

@@ -243,6 +243,22 @@ def test_a_run_that_was_cut_off_has_failed(done: dict[str, Any]) -> None:
     assert "ended without its report (Killed); the next run looks what is applied" in kept["why"]
 
 
+PARTIAL = DONE.replace('"migrations":', '"partial": [{"database": "core", "app": "shop", "name": "0003_x"}], "migrations":')
+
+
+@pytest.mark.parametrize("done", [{"stdout": PARTIAL}, {"stdout": "", "stderr": "Killed"}])
+def test_what_failed_midway_without_a_transaction_stands_in_the_way_of_a_rollback(done: dict[str, Any]) -> None:
+    """No database lists it as applied, yet a part of it is there; also when the run was cut off before it could tell."""
+    plan = complete(raw(entry(), entry("0003_x", atomic=False, compatible=False)))
+    kept = {**m.migration_entry(done, plan, "p"), "seq": 1}
+    assert [(each["name"], each["compatible"]) for each in kept["partial"]] == [("0003_x", False)]
+    verdict = m.rollback_verdict(state(), [kept], "1.0-a", True)
+    assert (verdict["verdict"], verdict["ahead"][0]["migration"]) == ("refuse", "shop.0003_x")
+    assert "it failed midway, is not atomic, and what it did before stays" in verdict["why"]
+    done_later = applied(2, "2.1-c", "0003_x", compatible=True)
+    assert m.rollback_verdict(state("shop.0003_x"), [kept, done_later], "1.0-a", True)["verdict"] == "allow"
+
+
 @pytest.mark.parametrize(
     ("applied", "unknown", "older"),
     [

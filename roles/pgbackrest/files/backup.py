@@ -44,6 +44,7 @@ SPARE_BYTES = 1024**3
 FORK_SECONDS = 30
 START_SECONDS = 12 * 3600
 # Settings that recovery needs at least as high as on the server that wrote the WAL, and pg_controldata's names for them
+RECOVERY_SETTING = re.compile(r"\s*(restore_command|recovery_\w+)\b")
 REPLAY_SETTINGS = {
     "max_connections": "max_connections setting",
     "max_worker_processes": "max_worker_processes setting",
@@ -668,6 +669,8 @@ class Copy:
         (self.place / "postgresql.conf").write_text("".join(f"{name} = '{value}'\n" for name, value in settings.items()))
         (self.place / "pg_hba.conf").write_text("local all all trust\n")
         (self.place / "pg_ident.conf").write_text("")
+        own = self.data / "postgresql.auto.conf"  # what ALTER SYSTEM has set in production goes before all of the above
+        own.write_text("".join(line for line in own.read_text().splitlines(keepends=True) if RECOVERY_SETTING.match(line)))
 
     def start(self) -> None:
         """Start; ends when recovery has ended, or failed. Until then nobody is let in, so pg_ctl cannot tell."""
