@@ -7,11 +7,13 @@ import os
 import re
 import signal
 import subprocess
+from pathlib import Path
+from typing import IO
 
 import pytest
 import suite
 from conftest import INVENTORY, Build, Hosts, Load, current, entries, playbook
-from load.places import until
+from load.places import Platform, until
 from suite import ROOT
 
 #: Machines are noisy: the promised half minute is measured, and only what is hopeless fails.
@@ -105,7 +107,7 @@ def test_a_release_that_does_not_start_tells_its_last_words(hosts: Hosts, first:
     assert current(hosts) == [first, first]
 
 
-def begun(*arguments: str) -> subprocess.Popen[bytes]:
+def begun(*arguments: str, output: int | IO[str] = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     """A deploy in a process group of its own."""
     command = suite.command("deploy", *arguments, inventory=INVENTORY)
     return subprocess.Popen(
@@ -113,7 +115,7 @@ def begun(*arguments: str) -> subprocess.Popen[bytes]:
         cwd=ROOT,
         env=suite.environment(),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
@@ -169,6 +171,33 @@ def test_a_killed_deploy_is_finished_by_the_next_and_rolled_back_without_a_netwo
             host.check_output(f"ip -4 route add {routes[name]}")
             host.check_output(f"rm -rf /opt/drydock/releases/{second}")
     assert playbook("status").code == 0
+
+
+def test_a_host_that_is_lost_midway_is_named_and_the_next_deploy_brings_both_there(
+    hosts: Hosts, platform: Platform, first: str, second: str, tmp_path: Path
+) -> None:
+    said = tmp_path / "deploy.log"
+    with said.open("w") as output:
+        process = begun("-e", f"release={second}", output=output)
+        try:
+            until("the first host to be switched", lambda: current({"web-1": hosts["web-1"]}) == [second], 300, 0.5)
+            platform.machine("power-off", "web-2")
+            code = process.wait(600)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            platform.machine("power-on", "web-2")
+    words = " ".join(said.read_text().split())
+    assert code != 0
+    assert "web-2 does not answer any more" in words, words[-4000:]
+    until("the platform to be well again", lambda: playbook("status").code == 0, 300, 5)
+    run = playbook("deploy", "-e", f"release={second}")
+    assert run.code == 0, run.output[-5000:]
+    assert current(hosts) == [second, second]
+    run = playbook("rollback")
+    assert run.code == 0, run.output[-5000:]
+    assert current(hosts) == [first, first]
 
 
 def test_the_ledger_is_whole_and_a_changed_entry_is_found(hosts: Hosts) -> None:
