@@ -158,7 +158,7 @@ class Storage:
 
     def refusal(self, answer: Answer, bucket: str, doing: str) -> str:
         """What it means that the storage did not do it."""
-        key, storage = f"access key id {self.access_key}", f"The object storage {self.url}"
+        key, storage = "access key id", f"The object storage {self.url}"
         known = {
             "InvalidAccessKeyId": f"{storage} does not know the {key}: correct secrets.object_storage_access_key",
             "SignatureDoesNotMatch": f"{storage} has another secret key for the {key}: correct secrets.object_storage_secret_key",
@@ -260,7 +260,7 @@ def main() -> None:
         argument_spec={
             "url": {"type": "str", "required": True},
             "buckets": {"type": "list", "elements": "str", "required": True},
-            "access_key": {"type": "str", "required": True, "no_log": False},
+            "access_key": {"type": "str", "required": True, "no_log": True},
             "secret_key": {"type": "str", "required": True, "no_log": True},
             "ca_file": {"type": "path", "default": "/etc/ssl/certs/ca-certificates.crt"},
             "region": {"type": "str", "default": "us-east-1"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,15 @@ def test_directories_are_made_right_twice(tmp_path: Path) -> None:
     (tmp_path / "deep/er").chmod(0o755)
     bootstrap.make_directory(directory, os.getuid(), os.getgid())
     assert (tmp_path / "deep/er").stat().st_mode & 0o7777 == 0o700
+
+
+def test_processes_that_start_at_the_same_time_make_the_same_directories(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(200):
+            directory = bootstrap.Directory(str(tmp_path / f"{number}/deep"), 0o700)
+            made = [pool.submit(bootstrap.make_directory, directory, os.getuid(), os.getgid()) for _ in range(8)]
+            for each in made:
+                each.result()
 
 
 def test_a_link_on_the_way_is_not_followed(tmp_path: Path) -> None:

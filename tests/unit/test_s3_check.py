@@ -98,8 +98,8 @@ def test_v5_a_bucket_that_can_be_written_read_and_deleted_is_well_and_nothing_is
 @pytest.mark.parametrize(
     ("change", "bucket", "told"),
     [
-        ({"access_key": "other"}, "shop", "does not know the access key id other: correct secrets.object_storage_access_key"),
-        ({"secret_key": "wrong"}, "shop", "another secret key for the access key id keyid: correct secrets.object_storage_secret_key"),
+        ({"access_key": "other"}, "shop", "does not know the access key id: correct secrets.object_storage_access_key"),
+        ({"secret_key": "wrong"}, "shop", "another secret key for the access key id: correct secrets.object_storage_secret_key"),
         ({}, "missing", "has no bucket missing: create it there, or correct its name in the inventory"),
         ({"url": "https://no-such-name.invalid"}, "shop", "The name no-such-name.invalid of the object storage does not resolve"),
         ({"ca_file": "/etc/ssl/certs/ca-certificates.crt"}, "shop", "is not trusted (SSL certificate problem: self-signed certificate)"),
@@ -223,7 +223,7 @@ def test_v5_a_deletion_that_is_confirmed_and_not_done(fake: Fake) -> None:
 
 def test_v5_a_key_that_may_not_write(fake: Fake) -> None:
     fake.answers["PUT"] = always(*DENIED)
-    assert problem(fake.storage) == "The access key id keyid may not write to bucket shop: give it that right at the object storage"
+    assert problem(fake.storage) == "The access key id may not write to bucket shop: give it that right at the object storage"
 
 
 def test_v5_a_key_that_may_not_delete_and_what_is_left(fake: Fake) -> None:
@@ -235,7 +235,7 @@ def test_v5_a_key_that_may_not_delete_and_what_is_left(fake: Fake) -> None:
 
 def test_v5_a_key_that_may_not_read_and_nothing_is_left(fake: Fake) -> None:
     fake.answers["GET"] = always(*DENIED)
-    assert problem(fake.storage) == "The access key id keyid may not read from bucket shop: give it that right at the object storage"
+    assert problem(fake.storage) == "The access key id may not read from bucket shop: give it that right at the object storage"
     assert fake.objects == {}
 
 

@@ -13,6 +13,7 @@ The steps stand in ``/etc/<app>/bootstrap/<process>.json``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import grp
 import json
 import os
@@ -157,7 +158,8 @@ def make_directory(directory: Directory, uid: int, gid: int) -> None:
             try:
                 deeper = os.open(part, flags, dir_fd=place)
             except FileNotFoundError:
-                os.mkdir(part, 0o700, dir_fd=place)
+                with contextlib.suppress(FileExistsError):  # another process of the application starts at the same time
+                    os.mkdir(part, 0o700, dir_fd=place)
                 deeper = os.open(part, flags, dir_fd=place)
                 if number < len(parts) - 1:  # one on the way: whose it is, its own parent says
                     parent = os.fstat(place)
