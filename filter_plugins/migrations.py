@@ -394,7 +394,7 @@ def rollback_verdict(
         return result
     if not ahead:
         return result | {"verdict": "allow", "why": f"the databases have no migration that release {target} does not know"}
-    names = ", ".join(each["migration"] for each in ahead)
+    names = ", ".join(dict.fromkeys(each["migration"] for each in ahead))
     if all(each["compatible"] is True for each in ahead):
         return result | {"verdict": "allow", "why": f"release {target} can run after {names}: nothing that it uses has changed"}
     broken = [each for each in ahead if each["compatible"] is not True]
@@ -453,14 +453,18 @@ def _runs(entry: Mapping[str, Any]) -> str:
 
 
 def _way_back(state: Mapping[str, Any], ahead: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[str, str]], list[Mapping[str, Any]]]:
-    """What to go back to, so that only what the target can bear is left; and what of the way cannot be reversed."""
+    """What to go back to, so that only what the target can bear is left; and what of the way cannot be reversed.
+
+    What is gone back in one database is so in all: else another release without it would meet a row of it in the others.
+    """
+    unbearable = {each["migration"] for each in ahead if each["compatible"] is not True}
     to: dict[str, dict[str, str]] = {}
     stuck: list[Mapping[str, Any]] = []
     last: dict[tuple[str, str], str] = {}
     for each in ahead:
         database, (app, name) = each["database"], each["migration"].split(".", 1)
         if app not in to.get(database, {}):
-            if each["compatible"] is True:
+            if each["migration"] not in unbearable:
                 last[database, app] = name
                 continue
             heads = state.get("heads", {}).get(database, {}).get(app, ["zero"])

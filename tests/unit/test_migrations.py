@@ -289,6 +289,17 @@ def test_a_rehearsal_of_another_release_proves_nothing() -> None:
     assert m.rollback_verdict(state("shop.0002"), [ahead, rehearsed(2, "1.0-a", "passed", "0002")], "1.0-a", True)["verdict"] == "approval"
 
 
+def test_what_is_reversed_in_one_database_is_so_in_all() -> None:
+    """Django records a migration in each database, also where its tables are not."""
+    core = state("shop.0002")
+    both = {key: {**value, "plugins": value["core"]} for key, value in core.items()}
+    ran = applied(1, "2.0-b", "0002", compatible=False)
+    ran["migrations"].append({**ran["migrations"][0], "database": "plugins", "compatible": True})
+    verdict = m.rollback_verdict(both, [ran], "1.0-a", True)
+    assert verdict["verdict"] == "approval"
+    assert verdict["to"] == {"core": {"shop": "0001_initial"}, "plugins": {"shop": "0001_initial"}}
+
+
 def test_without_the_command_state_nothing_is_reversed() -> None:
     """Nobody knows how far back is far enough: the way would lead to an empty database."""
     broken = applied(1, "2.0-b", "0002", compatible=False)
