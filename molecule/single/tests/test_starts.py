@@ -43,10 +43,17 @@ def show(host: testinfra.host.Host, unit: str, name: str) -> str:
     return str(host.check_output(f"systemctl show -p {name} --value {unit}"))
 
 
-def steps_that_ran(host: testinfra.host.Host, unit: str) -> list[tuple[str, str]]:
-    """Names and exit codes of the steps that have run in the last start, in the order of their start (`n/a` if they have not)."""
+def steps_of_a_failed_start(host: testinfra.host.Host, unit: str) -> list[tuple[str, str]]:
+    """Names and exit codes of the steps of the last start, in their order (`n/a` if one has not run), once systemd waits for the next."""
+    seen: list[str] = []
+
+    def waits() -> bool:
+        seen[:] = host.check_output(f"systemctl show -p SubState -p ExecStartPre {unit}").splitlines()
+        return "SubState=auto-restart" in seen
+
+    wait_for(waits, f"{unit} is not tried again")
     ran = []
-    for line in host.check_output(f"systemctl show -p ExecStartPre {unit}").splitlines():
+    for line in seen:
         found = re.search(r"bootstrap\.py --run \S+ \S+ (\S+) ;.* pid=(\d+) ; code=(\S+) ; status=(\S+) ", line)
         if found and found[2] != "0":
             ran.append((int(found[2]), found[1], found[4].split("/")[0]))
@@ -101,8 +108,8 @@ def test_s1_s2_a_step_without_its_variable_stops_the_start_with_one_line(
     assert len(told) == len([line for line in starts if line.startswith("Starting drydock-web.service")]), "one line for each start"
 
     assert "Started drydock-web.service" not in "".join(starts), "the process itself was not started"
-    wait_for(lambda: show(host, "drydock-web", "SubState") == "auto-restart", "it is not tried again")
-    assert steps_that_ran(host, "drydock-web") == [("10-web", "0"), ("20-bucket", "0"), ("30-demo-user", "1")], "40 and 50 come after it"
+    ran = steps_of_a_failed_start(host, "drydock-web")
+    assert ran == [("10-web", "0"), ("20-bucket", "0"), ("30-demo-user", "1")], "40 and 50 come after it"
 
     # the dry run tells all that is missing, not only the first
     host.check_output("sed -i /^DRYDOCK_SECRET_KEY=/d /etc/drydock/secrets.env")
@@ -142,8 +149,7 @@ def test_s4_the_web_start_puts_its_directory_right_and_refuses_an_unwritable_log
         assert told, "it did not say why"
         assert told[0].startswith("drydock web: step 10-web: directory /var/log/drydock is not writable by drydock (read-only file system)")
         assert host.check_output("stat -c '%U:%G %a' /run/drydock") == "drydock:drydock 750", "00-directories came before"
-        wait_for(lambda: show(host, "drydock-web", "SubState") == "auto-restart", "it is not tried again")
-        assert steps_that_ran(host, "drydock-web") == [("10-web", "1")], "nothing was started after it"
+        assert steps_of_a_failed_start(host, "drydock-web") == [("10-web", "1")], "nothing was started after it"
     finally:
         # lazily, for whoever is just being started has opened it
         host.check_output("umount --lazy /var/log/drydock; systemctl reset-failed drydock-web; systemctl restart drydock-web")
