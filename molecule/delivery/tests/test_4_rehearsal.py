@@ -62,7 +62,8 @@ def found(hosts: Hosts, run: Run, release: str, *sentences: str) -> None:
 def test_a_migration_that_breaks_the_release_that_runs_is_found(hosts: Hosts, noted: str, build: Build) -> None:
     release = build({f"{MIGRATIONS}/9402_drop.py": migration("9401_note", DROP), MODELS: (ROOT / MODELS).read_text()}, noted)
     run = rehearsed(hosts, release)
-    found(hosts, run, release, f"the running release {noted} does not work on the migrated copy", "documents.Document", "column documents_document.note does not exist")
+    told = f"the running release {noted} does not work on the migrated copy"
+    found(hosts, run, release, told, "documents.Document", "column documents_document.note does not exist")
 
 
 def test_a_lock_on_a_million_rows_beyond_the_limit_is_found(hosts: Hosts, noted: str, build: Build, measured: None) -> None:
