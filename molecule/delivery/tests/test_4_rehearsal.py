@@ -41,6 +41,13 @@ def measured(hosts: Hosts) -> Iterator[None]:
     on_core(hosts, "drop table measured")
 
 
+def beyond(build: Build, last: str, name: str, operation: str) -> str:
+    """A release with one migration more than the one that runs."""
+    texts = {"9401_note": migration(last, ADD), name: migration("9401_note", operation)}
+    models = (ROOT / MODELS).read_text() if operation == DROP else models_with_note()
+    return build({**{f"{MIGRATIONS}/{each}.py": text for each, text in texts.items()}, MODELS: models})
+
+
 def rehearsed(hosts: Hosts, release: str, *arguments: str) -> Run:
     """A rehearsal, which must leave everything that is live alone."""
     before = state_of(hosts)
@@ -59,29 +66,31 @@ def found(hosts: Hosts, run: Run, release: str, *sentences: str) -> None:
     assert (entry["kind"], entry["release"], entry["outcome"]) == ("rehearsal", release, "failed")
 
 
-def test_a_migration_that_breaks_the_release_that_runs_is_found(hosts: Hosts, noted: str, build: Build) -> None:
-    release = build({f"{MIGRATIONS}/9402_drop.py": migration("9401_note", DROP), MODELS: (ROOT / MODELS).read_text()}, noted)
+def test_a_migration_that_breaks_the_release_that_runs_is_found(hosts: Hosts, noted: str, build: Build, last: str) -> None:
+    release = beyond(build, last, "9402_drop", DROP)
     run = rehearsed(hosts, release)
     told = f"the running release {noted} does not work on the migrated copy"
     found(hosts, run, release, told, "documents.Document", "column documents_document.note does not exist")
 
 
-def test_a_lock_on_a_million_rows_beyond_the_limit_is_found(hosts: Hosts, noted: str, build: Build, measured: None) -> None:
+def test_a_lock_on_a_million_rows_beyond_the_limit_is_found(hosts: Hosts, noted: str, build: Build, last: str, measured: None) -> None:
     rewrite = 'migrations.RunSQL("ALTER TABLE measured ALTER COLUMN n TYPE numeric, ALTER COLUMN name TYPE varchar(40)")'
-    release = build({f"{MIGRATIONS}/9403_rewrite.py": migration("9401_note", rewrite)}, noted)
+    release = beyond(build, last, "9403_rewrite", rewrite)
     run = rehearsed(hosts, release, "-e", "migrate_lock_limit_seconds=0.1")
     found(hosts, run, release, "documents.9403_rewrite holds ACCESS EXCLUSIVE on measured", f"with {ROWS} rows")
 
 
-def test_a_migration_that_fails_on_real_data_is_found(hosts: Hosts, noted: str, build: Build, measured: None) -> None:
+def test_a_migration_that_fails_on_real_data_is_found(hosts: Hosts, noted: str, build: Build, last: str, measured: None) -> None:
     unique = 'migrations.RunSQL("CREATE UNIQUE INDEX measured_n ON measured (n)")'
-    release = build({f"{MIGRATIONS}/9404_unique.py": migration("9401_note", unique)}, noted)
+    release = beyond(build, last, "9404_unique", unique)
     run = rehearsed(hosts, release)
     found(hosts, run, release, "could not create unique index", "Key (n)=(1) is duplicated")
 
 
-def test_a_migration_that_hurts_nobody_passes_and_the_deploy_of_that_plan_takes_its_word(hosts: Hosts, noted: str, build: Build) -> None:
-    release = build({f"{MIGRATIONS}/9405_more.py": migration("9401_note", ADD.replace('"note"', '"more"'))}, noted)
+def test_a_migration_that_hurts_nobody_passes_and_the_deploy_of_that_plan_takes_its_word(
+    hosts: Hosts, noted: str, build: Build, last: str
+) -> None:
+    release = beyond(build, last, "9405_more", ADD.replace('"note"', '"more"'))
     run = rehearsed(hosts, release)
     assert run.code == 0, run.output[-5000:]
     assert f"rehearsal of {release}" in run.text
