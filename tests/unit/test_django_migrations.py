@@ -357,6 +357,20 @@ def test_going_back(shop: World) -> None:
     assert shop.plan()["applied"] == {"core": ["shop.0001_initial"]}
 
 
+def test_going_back_takes_along_what_depends_on_it_in_another_application(server: Path, template: str, tmp_path: Path) -> None:
+    world = World(tmp_path, server, f"shop_{next(numbers)}", ("shop", "tally"), template=template)
+    world.migration("0001_initial", ITEM)
+    world.migration("0002_note", NULLABLE, "0001_initial")
+    world.migration("0001_initial", 'CreateModel("Tally", [("id", models.BigAutoField(primary_key=True))])', app="tally", needs="0002_note")
+    world.migration("0002_count", 'AddField("tally", "count", models.IntegerField(null=True))', "0001_initial", app="tally")
+    world.run("apply", "core")
+    # no more of the tally than this must be reversed for its own sake
+    back = json.dumps({"core": {"shop": "0001_initial", "tally": "0001_initial"}})
+    plan = world.run("reversal", "core", "--to", back)[0]
+    assert [f"{entry['app']}.{entry['name']}" for entry in plan["pending"]] == ["tally.0002_count", "tally.0001_initial", "shop.0002_note"]
+    assert world.run("reverse", "core", "--to", back)[0]["heads"] == {"core": {"shop": ["0001_initial"]}}
+
+
 def test_what_cannot_be_reversed_is_named(shop: World) -> None:
     shop.migration("0002_data", "RunPython(lambda apps, editor: None)", "0001_initial")
     shop.run("apply", "core")
