@@ -657,6 +657,10 @@ def losses(operation: Any, app: str, before: Any) -> list[str]:
         return [f"{app}.{operation.model_name}.{operation.name} comes back without its values"]
     if isinstance(operation, kinds.DeleteModel):
         return [f"{app}.{operation.name} comes back without its rows"]
+    if isinstance(operation, kinds.RunPython) and operation.reverse_code not in (None, kinds.RunPython.noop):
+        return [f"what the code of {code_name(operation.reverse_code)} does to data cannot be judged"]
+    if isinstance(operation, kinds.RunSQL) and operation.reverse_sql not in (None, kinds.RunSQL.noop):
+        return ["what hand-written SQL does to data cannot be judged"]
     return []
 
 
