@@ -14,7 +14,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 help: ## list these commands
 	@echo "Evenkeel: deploy and keep alive a web platform on plain Debian hosts. State folder: $(EVENKEEL_STATE)"
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 setup: .venv/.ready ## install what the controller needs into .venv (Python packages, pinned with hashes)
 
@@ -35,6 +35,9 @@ demo: setup ## boot a real systemd host, converge a whole platform on it, deploy
 
 lab: setup ## the same on the full topology: 13 hosts, pairs of everything (inventories/lab; about 6 GiB of memory)
 	@bin/demo lab
+
+third-party: setup ## an application that is not ours, from the package index: deployed, upgraded with its migrations, brought back (docs/third-party.md)
+	@bin/third-party
 
 lab-down: setup ## remove the hosts of the full topology
 	@ansible-playbook -i inventories/lab playbooks/lab.yml -e lab_state=absent
@@ -69,4 +72,4 @@ lock: setup ## resolve requirements.lock again from pyproject.toml
 clean: ## stop and remove every lab host (processes, mounts, bridges, nft rules); keeps secrets, releases and caches
 	@$(SUDO) python3 roles/lab/files/lab.py down --all "$(EVENKEEL_STATE)"
 
-.PHONY: help setup demo lab lab-down test lint unit proof soak deliveries bench docs lock clean
+.PHONY: help setup demo lab third-party lab-down test lint unit proof soak deliveries bench docs lock clean

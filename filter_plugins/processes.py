@@ -162,6 +162,12 @@ def log_directory_mode(contract: Mapping[str, Any]) -> str:
     return next(entry["mode"] for entry in _own_directories(contract) if entry["path"] == contract["paths"]["log"])
 
 
+def state_directory(contract: Mapping[str, Any]) -> dict[str, str]:
+    """The entry of a `files` task for the app's data, as the start-up steps make it: a staged release may need it before any start."""
+    own = next(entry for entry in _own_directories(contract) if entry["path"] == contract["paths"]["state"])
+    return {"dest": own["path"], "state": "directory", "owner": contract["user"], "group": contract["group"], "mode": own["mode"]}
+
+
 def _writable_paths(contract: Mapping[str, Any], process: str) -> list[str]:
     """What the process may write to; everything else is read-only for it."""
     paths = [contract["paths"][name] for name in ("state", "log", "run")]
@@ -367,6 +373,7 @@ class FilterModule:
             bootstrap_files,
             logs_table,
             log_directory_mode,
+            state_directory,
             process_units,
             contract_health_services,
             contract_credentials,

@@ -54,7 +54,7 @@ options:
     description: Folder on the controller with a requirements file with hashes for each release of O(requirement), C(<ref>.lock).
     type: path
   build:
-    description: Packages of the lock that are published only as source. They must be pure Python.
+    description: Packages of the lock, or of others of O(locks), that are published only as source. They must be pure Python.
     type: list
     elements: str
     default: []
@@ -201,7 +201,8 @@ def built(given: dict[str, Any]) -> dict[str, Any]:
     """Build the release unless it is there, and audit it."""
     directory, origin, told = Path(given["directory"]), origin_of(given), list[str]()
     os.environ["SOURCE_DATE_EPOCH"] = evenkeel_build.SOURCE_EPOCH
-    hosts = {"build": given["build"], "architecture": ARCHITECTURES[0], "python_version": given["python"]}
+    build = evenkeel_build.source_only(given["build"], origin.lock, Path(given["locks"])) if given["locks"] else given["build"]
+    hosts = {"build": build, "architecture": ARCHITECTURES[0], "python_version": given["python"]}
 
     def wheels(lock: bytes, name: str) -> Path:
         complete = evenkeel_build.with_installer(lock, name, given["installer_lock"])

@@ -18,7 +18,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,6 +109,13 @@ def from_index(requirement: str, locks: Path, ref: str) -> Origin:
     if name not in {pin.name for pin in parse_pins(lock, str(path))}:
         raise ReleaseError(f"{path} does not pin {requirement}, which app.install.requirement names")
     return Origin("index", digest_of(lock), lock, str(path), name)
+
+
+def source_only(build: Sequence[str], lock: bytes, locks: Path) -> list[str]:
+    """What of `build` concerns this lock. A name that only another release pins is left out; one that none pins is a mistake, and stays."""
+    pinned = {pin.name for pin in parse_pins(lock, str(locks))}
+    others = {pin.name for path in locks.glob("*.lock") for pin in parse_pins(path.read_bytes(), str(path))} - pinned
+    return [name for name in build if canonical(name) not in others]
 
 
 def unpack_project(origin: Origin, folder: Path) -> Path:

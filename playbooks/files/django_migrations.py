@@ -467,7 +467,9 @@ class Release:
             if target[1] is not None and target not in self.loader.graph.nodes:
                 raise Refused(f"{self.alias}: this release cannot go back to {app}.{name}, which it does not know (is it behind a squash?)")
             targets.append(target)
-        steps = list(self.executor.migration_plan(targets))
+        # What the way back of one app takes along is no target of another any more: Django would apply it again.
+        taken = {(step.app_label, step.name) for step, backwards in self.executor.migration_plan(targets) if backwards}
+        steps = list(self.executor.migration_plan([target for target in targets if target not in taken]))
         ahead = [f"{step.app_label}.{step.name}" for step, backwards in steps if not backwards]
         if ahead:
             raise Refused(f"{self.alias}: {ahead[0]} is not applied: that is not a way back")
@@ -655,6 +657,10 @@ def losses(operation: Any, app: str, before: Any) -> list[str]:
         return [f"{app}.{operation.model_name}.{operation.name} comes back without its values"]
     if isinstance(operation, kinds.DeleteModel):
         return [f"{app}.{operation.name} comes back without its rows"]
+    if isinstance(operation, kinds.RunPython) and operation.reverse_code not in (None, kinds.RunPython.noop):
+        return [f"what the code of {code_name(operation.reverse_code)} does to data cannot be judged"]
+    if isinstance(operation, kinds.RunSQL) and operation.reverse_sql not in (None, kinds.RunSQL.noop):
+        return ["what hand-written SQL does to data cannot be judged"]
     return []
 
 

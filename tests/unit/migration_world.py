@@ -106,9 +106,9 @@ class World:
         """The folder of an application's migrations."""
         return self.folder / app / "migrations"
 
-    def migration(self, name: str, operations: str, after: str | None = None, more: str = "", app: str = "shop") -> None:
-        """Write one; `after`: the one before it, `more`: Python above its class."""
-        depends = f'[("{app}", "{after}")]' if after else "[]"
+    def migration(self, name: str, operations: str, after: str | None = None, more: str = "", app: str = "shop", needs: str = "") -> None:
+        """Write one; `after`: the one before it, `more`: Python above its class, `needs`: one of the shop's that comes first, too."""
+        depends = ([(app, after)] if after else []) + ([("shop", needs)] if needs else [])
         body = textwrap.dedent(more)
         text = f"{HEAD}{body}\nclass Migration(migrations.Migration):\n    dependencies = {depends}\n    operations = [{operations}]\n"
         (self.migrations(app) / f"{name}.py").write_text(text)

@@ -357,6 +357,34 @@ def test_going_back(shop: World) -> None:
     assert shop.plan()["applied"] == {"core": ["shop.0001_initial"]}
 
 
+@pytest.mark.parametrize(
+    ("operation", "told"),
+    [
+        ("RunPython(RunPython.noop, RunPython.noop), RunSQL('SELECT 1', '')", "no data is lost"),
+        ("RunPython(RunPython.noop, forget)", "what the code of shop.migrations.0002_data.forget does to data cannot be judged"),
+        ("RunSQL('SELECT 1', 'DELETE FROM shop_item')", "what hand-written SQL does to data cannot be judged"),
+    ],
+)
+def test_going_back_claims_nothing_of_code_that_it_cannot_judge(shop: World, operation: str, told: str) -> None:
+    shop.migration("0002_data", operation, "0001_initial", more="def forget(apps, editor): pass")
+    shop.run("apply", "core")
+    assert shop.run("reversal", "core", "--to", BACK)[0]["pending"][0]["why"] == told
+
+
+def test_going_back_takes_along_what_depends_on_it_in_another_application(server: Path, template: str, tmp_path: Path) -> None:
+    world = World(tmp_path, server, f"shop_{next(numbers)}", ("shop", "tally"), template=template)
+    world.migration("0001_initial", ITEM)
+    world.migration("0002_note", NULLABLE, "0001_initial")
+    world.migration("0001_initial", 'CreateModel("Tally", [("id", models.BigAutoField(primary_key=True))])', app="tally", needs="0002_note")
+    world.migration("0002_count", 'AddField("tally", "count", models.IntegerField(null=True))', "0001_initial", app="tally")
+    world.run("apply", "core")
+    # no more of the tally than this must be reversed for its own sake
+    back = json.dumps({"core": {"shop": "0001_initial", "tally": "0001_initial"}})
+    plan = world.run("reversal", "core", "--to", back)[0]
+    assert [f"{entry['app']}.{entry['name']}" for entry in plan["pending"]] == ["tally.0002_count", "tally.0001_initial", "shop.0002_note"]
+    assert world.run("reverse", "core", "--to", back)[0]["heads"] == {"core": {"shop": ["0001_initial"]}}
+
+
 def test_what_cannot_be_reversed_is_named(shop: World) -> None:
     shop.migration("0002_data", "RunPython(lambda apps, editor: None)", "0001_initial")
     shop.run("apply", "core")

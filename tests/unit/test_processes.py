@@ -176,6 +176,13 @@ def test_whichever_process_starts_first_makes_the_apps_directories_as_a_step_dec
         ]  # fmt: skip
 
 
+def test_the_data_of_the_app_has_a_place_before_the_first_start_as_the_steps_would_make_it() -> None:
+    made = {"dest": "/var/lib/pier", "state": "directory", "owner": "pier", "group": "pier", "mode": "0750"}
+    assert processes.state_directory(CONTRACT) == made
+    declared = {**CONTRACT, "bootstrap": {"web": [{"name": "10-web", "directories": [{"path": "/var/lib/pier", "mode": "0700"}]}]}}
+    assert processes.state_directory(declared) == {**made, "mode": "0700"}, "no fight with a step that declares it"
+
+
 def test_health_services_of_a_host_and_those_it_waits_for() -> None:
     own = {entry["name"]: entry for entry in processes.contract_health_services(CONTRACT, "a", ADDRESSES)}
     assert set(own) == {"pier-web", "pier-slow", "pier-sweep", "pier-logs"}

@@ -242,7 +242,7 @@ def test_the_tests_lab_has_the_hosts_and_groups_of_the_full_topology() -> None:
     assert tests == ours
 
 
-@pytest.mark.parametrize("inventory", ["demo", "lab", "production.example"])
+@pytest.mark.parametrize("inventory", ["demo", "lab", "pretalx.example", "production.example"])
 def test_every_inventory_passes_the_checks_of_the_controller(inventory: str, tmp_path: Path) -> None:
     """What a person copies must work: groups, voters, addresses, secrets, app contract and ports."""
     checks = [{"hosts": "localhost", "gather_facts": False, "tasks": [{"import_tasks": str(ROOT / "playbooks/tasks/preflight.yml")}]}]

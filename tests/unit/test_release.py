@@ -363,6 +363,15 @@ def test_release_of_a_package_of_an_index(house: Path, tmp_path: Path) -> None:
         b.from_index("paperless", locks, "3.10")
 
 
+def test_a_name_that_another_release_builds_from_source_is_no_mistake(tmp_path: Path) -> None:
+    sha = " --hash=sha256:" + "a" * 64 + "\n"
+    (tmp_path / "1.lock").write_text(f"shop==1{sha}old-one==1{sha}")
+    (tmp_path / "2.lock").write_text(f"shop==2{sha}new-one==1{sha}")
+    build = ["old_one", "new-one", "mistyped"]
+    assert b.source_only(build, (tmp_path / "1.lock").read_bytes(), tmp_path) == ["old_one", "mistyped"]
+    assert b.source_only(build, (tmp_path / "2.lock").read_bytes(), tmp_path) == ["new-one", "mistyped"]
+
+
 def test_lock_without_uv_gets_the_suites(tmp_path: Path) -> None:
     lock = b"idna==3.10 --hash=sha256:" + b"a" * 64 + b"\n"
     suite = tmp_path / "suite.lock"
