@@ -207,8 +207,8 @@ def rollback_target(
 ) -> dict[str, str]:
     """Which release a rollback goes to: {id, problem}.
 
-    facts: host to what `release_facts` returned. wanted: an id, the start of a commit, or a tag, whose commit is then `commit`; empty for
-    the previous one. previous: the newest that ran well, is on all hosts and not marked bad. bad: releases that are marked bad.
+    facts: host to what `release_facts` returned. wanted: an id, the start of a commit, a version, or a tag, whose commit is then `commit`;
+    empty for the previous one. previous: the newest that ran well, is on all hosts and not marked bad. bad: releases that are marked bad.
     """
     kept = releases_kept_on_all(facts)
     known = f"on all hosts are {_and(kept)}" if kept else "no release is on all hosts"
@@ -220,6 +220,7 @@ def rollback_target(
     if not found:
         starts = [text[:12] for text in (commit, wanted) if len(text) >= 7]
         found = [each for each in kept if any(each.rpartition("-")[2].startswith(start) for start in starts)]
+    found = found or [each for each in kept if each.rpartition("-")[0] == wanted]
     if len(found) != 1:
         return {"id": "", "problem": f"'{wanted}' names {len(found)} releases: {known}"}
     if found[0] == current and all(each["current"] == current for each in facts.values()):

@@ -84,6 +84,7 @@ KEPT = facts(a=("1.1-bbbbbbbbbbbb", ["1.0-aaaaaaaaaaaa", "1.1-bbbbbbbbbbbb"]))
         ("1.0-aaaaaaaaaaaa", "", "1.0-aaaaaaaaaaaa", ""),
         ("aaaaaaa", "", "1.0-aaaaaaaaaaaa", ""),
         ("v1.0", "a" * 40, "1.0-aaaaaaaaaaaa", ""),
+        ("1.0", "", "1.0-aaaaaaaaaaaa", ""),
         ("v9", "", "", "'v9' names 0 releases: on all hosts are 1.0-aaaaaaaaaaaa and 1.1-bbbbbbbbbbbb"),
         ("1.1-bbbbbbbbbbbb", "", "1.1-bbbbbbbbbbbb", "all hosts run 1.1-bbbbbbbbbbbb already"),
     ],
