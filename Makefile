@@ -60,8 +60,8 @@ soak: setup ## ten minutes of writes, requests and jobs on the full topology, tw
 deliveries: setup ## 20 deploys and 20 rollbacks under load, on two hosts and on the demo: nothing fails, nothing is lost (after make demo; about 2 hours)
 	@bin/deliveries
 
-bench: ## the job engine beside plain Celery: jobs in a second, delay from acceptance to start
-	@bin/bench
+bench: setup ## the job engine beside plain Celery, a deploy and a rollback beside a plain playbook (WHAT=jobs or WHAT=deploy: one of them)
+	@bin/bench $(WHAT)
 
 docs: setup ## write docs/reference from the roles' specs
 	@python docs/generate.py
