@@ -37,6 +37,7 @@ def noted(hosts: Hosts, build: Build, last: str) -> str:
 def measured(hosts: Hosts) -> Iterator[None]:
     """A table of a million rows among the live data."""
     on_core(hosts, f"{MEASURED}; alter table measured owner to drydock")
+    on_core(hosts, "select pg_switch_wal()")  # a copy has what has been archived
     yield
     on_core(hosts, "drop table measured")
 
