@@ -78,7 +78,7 @@ def test_a_lock_on_a_million_rows_beyond_the_limit_is_found(hosts: Hosts, noted:
     rewrite = 'migrations.RunSQL("ALTER TABLE measured ALTER COLUMN n TYPE numeric, ALTER COLUMN name TYPE varchar(40)")'
     release = beyond(build, last, "9403_rewrite", rewrite)
     run = rehearsed(hosts, release, "-e", "migrate_lock_limit_seconds=0.1")
-    found(hosts, run, release, "documents.9403_rewrite holds ACCESS EXCLUSIVE on measured", f"with {ROWS} rows")
+    found(hosts, run, release, "documents.9403_rewrite holds AccessExclusiveLock on public.measured", f"with {ROWS} rows")
 
 
 def test_a_migration_that_fails_on_real_data_is_found(hosts: Hosts, noted: str, build: Build, last: str, measured: None) -> None:
