@@ -70,10 +70,10 @@ def current(hosts: Hosts) -> list[str]:
 
 def state_of(hosts: Hosts) -> list[str]:
     """What a refused deploy must leave alone: the release that runs, the processes, and on the host that has it the schema and its rows."""
-    seen = [
-        host.check_output("readlink /opt/drydock/current; systemctl show -p Id,ActiveEnterTimestampMonotonic 'drydock-*' --no-pager")
-        for host in hosts.values()
-    ]
+    # by name: a timer's service is loaded only while it runs
+    running = "systemctl list-units --plain --no-legend --state=running 'drydock-*' | cut -d' ' -f1 | sort"
+    ask = f"readlink /opt/drydock/current; systemctl show -p Id,ActiveEnterTimestampMonotonic --no-pager $({running})"
+    seen = [host.check_output(ask) for host in hosts.values()]
     for port in (5432, 5433):
         ask = f"runuser -u postgres -- psql -p {port} -Atc 'select app, name, applied from django_migrations order by 1, 2' drydock"
         dump = f"runuser -u postgres -- pg_dump -p {port} --schema-only drydock | grep -v restrict"
