@@ -807,8 +807,8 @@ class Runner:
         """One migration, again after a lock time-out, unless some of it would stay."""
         name = f"{migration.app_label}.{migration.name}"
         self.stopped_at = name
-        self.partial = [] if migration.atomic else [{"database": release.alias, "app": migration.app_label, "name": migration.name}]
         undone = migration.atomic or all_or_nothing(migration)
+        self.partial = [] if undone else [{"database": release.alias, "app": migration.app_label, "name": migration.name}]
         for attempt in range(1, self.tries + 1):
             guard.watch(release.connection)
             [(limit,)] = rows(release.connection, "SELECT current_setting('lock_timeout')")

@@ -52,13 +52,18 @@ def application(environ, start_response):
     )
 
 
-def test_a_deploy_and_a_rollback_under_load_fail_no_request_and_lose_no_job(hosts: Hosts, first: str, second: str, load: Load) -> None:
+def there_and_back(hosts: Hosts, first: str, second: str) -> None:
+    """Deploy one release on both hosts, and roll back to the other."""
     run = playbook("deploy", "-e", f"release={second}")
     assert run.code == 0, run.output[-5000:]
     assert current(hosts) == [second, second]
     run = playbook("rollback")
     assert run.code == 0, run.output[-5000:]
     assert current(hosts) == [first, first]
+
+
+def test_a_deploy_and_a_rollback_under_load_fail_no_request_and_lose_no_job(hosts: Hosts, first: str, second: str, load: Load) -> None:
+    there_and_back(hosts, first, second)
     outcome = load.over()
     assert load.failures() == []
     assert len(load.browsing.requests) > 300
@@ -192,12 +197,7 @@ def test_a_host_that_is_lost_midway_is_named_and_the_next_deploy_brings_both_the
     assert code != 0
     assert "web-2 does not answer any more" in words, words[-4000:]
     until("the platform to be well again", lambda: playbook("status").code == 0, 300, 5)
-    run = playbook("deploy", "-e", f"release={second}")
-    assert run.code == 0, run.output[-5000:]
-    assert current(hosts) == [second, second]
-    run = playbook("rollback")
-    assert run.code == 0, run.output[-5000:]
-    assert current(hosts) == [first, first]
+    there_and_back(hosts, first, second)
 
 
 def test_the_ledger_is_whole_and_a_changed_entry_is_found(hosts: Hosts) -> None:

@@ -352,7 +352,7 @@ def has_hosts(bridge: str) -> bool:
     return False
 
 
-def refuse_used_subnet(lab: Lab) -> None:
+def claim_subnet(lab: Lab) -> None:
     """Two labs, or a lab and the machine's own network, must not share addresses.
 
     The bridge of a lab of which no host is left (its processes were killed, its folder perhaps deleted) is taken away.
@@ -402,7 +402,7 @@ def raise_network(lab: Lab, cache_port: int) -> bool:
     """Bridge, address, masquerade, and the package cache at the bridge's address; returns whether the bridge is new."""
     created = not Path(f"/sys/class/net/{lab.bridge}").exists()
     if created:
-        refuse_used_subnet(lab)
+        claim_subnet(lab)
         run("ip", "link", "add", lab.bridge, "type", "bridge")
     # whoever made the bridge may have been killed before it did this
     run("ip", "address", "replace", f"{lab.gateway}/{lab.network.prefixlen}", "dev", lab.bridge)
