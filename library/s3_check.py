@@ -10,7 +10,7 @@ DOCUMENTATION = r"""
 module: s3_check
 short_description: Check an S3 endpoint from a host - reachability, credentials, write, read and delete
 description:
-  - In each bucket, writes one small object below C(.evenkeel-check/), reads it back, deletes it, and sees that it is gone.
+  - In each bucket, writes one small object C(.evenkeel-check-…), reads it back, deletes it, and sees that it is gone.
     Also after a failure nothing is left behind; where that is not possible, the message says what is left and where. In a
     bucket with versions the deleted version stays until the bucket's own rules remove it. Buckets are addressed by path.
   - Fails with a sentence that says what is wrong and what to correct. Tells apart a name that does not resolve, a silent
@@ -81,7 +81,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 CONNECT_SECONDS = 5
 REQUEST_SECONDS = 10
-FOLDER = ".evenkeel-check"
+# Not in a folder: a storage on a file system removes one with its last object, also while another host writes into it.
+PREFIX = ".evenkeel-check-"
 WRITE, READ, DELETE = "write to", "read from", "delete from"
 # A key that may not list the bucket gets the second also for an object that is not there.
 NO_OBJECT, NO_RIGHT = "NoSuchKey", "AccessDenied"
@@ -273,7 +274,7 @@ def main() -> None:
     if problem:
         module.fail_json(msg=problem)
     started = time.monotonic()
-    key = f"{FOLDER}/{re.sub(r'[^A-Za-z0-9.-]', '-', os.uname().nodename)}-{secrets.token_hex(8)}"
+    key = f"{PREFIX}{re.sub(r'[^A-Za-z0-9.-]', '-', os.uname().nodename)}-{secrets.token_hex(8)}"
     problems = {bucket: bucket_problem(storage, bucket, key, read_only=module.check_mode) for bucket in given["buckets"]}
     result = {"checked": [bucket for bucket in problems if not problems[bucket]], "seconds": round(time.monotonic() - started, 2)}
     told = list(dict.fromkeys(filter(None, problems.values())))

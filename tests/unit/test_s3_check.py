@@ -24,7 +24,7 @@ from programs import ROOT, load
 s3 = load(ROOT / "library/s3_check.py", "evk_s3_check")
 
 SECRET = 'a-secret"with\\quotes'
-OBJECT = ".evenkeel-check/host-1"
+OBJECT = ".evenkeel-check-host-1"
 
 
 def certificate(directory: Path, name: str) -> Path:
@@ -363,13 +363,14 @@ def test_v5_the_module_only_reads_in_check_mode(fake: Fake) -> None:
     assert fake.asked == ["GET"]
 
 
-def test_v5_each_run_writes_an_object_of_its_own_name(fake: Fake) -> None:
+def test_v5_each_run_writes_an_object_of_its_own_name_that_no_other_host_can_take_away(fake: Fake) -> None:
+    """Nor its folder: rclone removes one with its last object, and answers 500 to whoever writes into it at that moment."""
     names: set[str] = set()
     fake.answers["PUT"] = lambda path, _body: names.add(path)  # type: ignore[func-returns-value]
     for _ in range(2):
         run(fake.storage, buckets=["shop"])
     assert len(names) == 2
-    assert all(name.startswith("/shop/.evenkeel-check/") for name in names)
+    assert all(re.fullmatch(r"/shop/\.evenkeel-check-[^/]+", name) for name in names)
 
 
 def test_v5_the_secret_key_is_on_no_command_line_and_in_no_answer(storage: Any, tmp_path: Path) -> None:

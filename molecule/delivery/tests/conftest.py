@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +19,6 @@ import suite
 from load.places import Platform
 from suite import ROOT, STATE, Run
 from users import Load, users
-
-#: Ten minutes more than CI has: `make deliveries` runs them.
-collect_ignore = [] if os.environ.get("EVENKEEL_WHOLE") else ["test_4_rehearsal.py"]
 
 INVENTORY = ROOT / "molecule/delivery/inventory"
 KEPT = STATE / "inventories/delivery"  # what the controller keeps of the platform
