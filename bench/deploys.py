@@ -3,7 +3,7 @@
 
 On lab hosts of its own, which are removed at the end: one that carries the data, and beside it web hosts that do jobs, too. In turns on the
 same hosts: the suite's deploy of a new release, its rollback, and what is usually written instead (plain.yml), which installs the same
-wheels and restarts the same services, a quarter of the hosts at a time like the deploy, and all at once like the rollback. Read the ratios:
+wheels and restarts the same services, a quarter of the hosts at a time like the deploy, and half like the rollback. Read the ratios:
 all hosts share one machine here. After each run the platform must be well again before the next begins, which is not counted.
 """
 
@@ -44,7 +44,7 @@ NETWORK = "10.87.7"
 DATA_GROUPS = ("etcd", "postgresql_core", "postgresql_plugins", "redis", "object_storage", "proxy", "backup")
 LIMIT_SECONDS = 3600
 #: What is measured, as the tables call it; each of the suite's with what is compared with it.
-PAIRS = {"deploy": "plain, a quarter at a time", "rollback": "plain, all at once"}
+PAIRS = {"deploy": "plain, a quarter at a time", "rollback": "plain, half at a time"}
 VERSION = Path("drydock/src/drydock/__init__.py")
 
 LAB_VARIABLES = f"""---
@@ -172,7 +172,7 @@ def title(count: int, what: str) -> str:
 
 def measure(count: int, rounds: int, releases: Releases, first: str) -> Costs:
     """Deploy, go back, and do the same plainly, so often; leaves the hosts with release `first`."""
-    rolling, at_once = PAIRS.values()
+    rolling, halves = PAIRS.values()
     costs: Costs = {name: [] for pair in PAIRS.items() for name in pair}
     for number in range(1, rounds + 1):
         release = releases.build()
@@ -180,7 +180,7 @@ def measure(count: int, rounds: int, releases: Releases, first: str) -> Costs:
             "deploy": ("playbooks/deploy.yml", "-e", f"release={release}"),
             rolling: plain(releases.wheel(release), "25%"),
             "rollback": ("playbooks/rollback.yml",),
-            at_once: plain(releases.wheel(first), "100%"),
+            halves: plain(releases.wheel(first), "50%"),
         }
         for name, command in ways.items():
             costs[name].append(run(title(count, f"round {number}: {name}"), *command))
