@@ -23,8 +23,8 @@ def test_the_inventory_has_all_that_a_platform_needs() -> None:
 
 
 def test_the_table_has_ratios_in_one_run_and_growth_over_the_fewest_hosts() -> None:
-    def row(deploy: float, rolling: float, rollback: float, at_once: float) -> dict[str, list[Cost]]:
-        named = {"deploy": deploy, "plain, a quarter at a time": rolling, "rollback": rollback, "plain, all at once": at_once}
+    def row(deploy: float, rolling: float, rollback: float, halves: float) -> dict[str, list[Cost]]:
+        named = {"deploy": deploy, "plain, a quarter at a time": rolling, "rollback": rollback, "plain, half at a time": halves}
         # medians, not means: the second round was disturbed
         return {name: [Cost(seconds, 10.0), Cost(seconds * 9, 90.0), Cost(seconds, 10.0)] for name, seconds in named.items()}
 
