@@ -24,10 +24,12 @@ def deploy_obstacle(
     dangers: Sequence[str],
     archive_mb: float,
     app: str,
+    delivered: bool = True,
 ) -> str:
     """Why a deploy should not begin, in one sentence; empty when nothing speaks against it.
 
     facts: host to what `release_facts` returned. answers: host to what `platform_state` returned. dangers: of the filter `status_report`.
+    delivered: whether a release has ever run well here; a first deploy that ended midway leaves hosts without one, and may be repeated.
     Processes of the application may be unwell: the deploy may be what mends them. What they stand on may not.
     """
     fresh = [host for host, each in facts.items() if not each.get("converged")]
@@ -38,7 +40,7 @@ def deploy_obstacle(
     if full:
         return f"a release needs {needed} MB of room below /opt/{app}, and {_and(full)}: run playbooks/prune.yml"
     running = {host for host, each in facts.items() if each["current"]}
-    if running and len(running) < len(facts):
+    if delivered and running and len(running) < len(facts):
         without = next(host for host in facts if host not in running)
         others = sorted(running)
         return f"{without} has no release, while {_and(others)} {_found(others)} one: run playbooks/replace_host.yml -e host={without}"
@@ -72,11 +74,17 @@ def backup_obstacle(holdings: Mapping[str, Any], now: float, most_hours: float) 
 
 
 def release_before(facts: Mapping[str, Mapping[str, Any]], recorded: str, release: str) -> str:
-    """The release to go back to when `release` fails: the one that was recorded as good last, else what most hosts run; '' for a first one.
+    """The release to go back to when `release` fails; '' for a first one.
+
+    What all hosts ran a moment ago; where they differ, because a delivery was interrupted, the one that was recorded as good last, else what
+    most of them run.
 
     facts: host to what `release_facts` returned. recorded: of the filter `ledger_previous`.
     """
     on_all = set.intersection(*(set(each["kept"]) for each in facts.values())) if facts else set()
+    before = {each["current"] for each in facts.values()}
+    if len(before) == 1 and before <= on_all - {release}:
+        return str(before.pop())
     if recorded and recorded in on_all and recorded != release:
         return recorded
     running = Counter(each["current"] for each in facts.values() if each["current"] in on_all - {release})
@@ -203,12 +211,13 @@ def release_current(facts: Mapping[str, Mapping[str, Any]], last_good: str) -> s
 
 
 def rollback_target(
-    facts: Mapping[str, Mapping[str, Any]], wanted: str, commit: str, previous: str, current: str, bad: Sequence[str]
+    facts: Mapping[str, Mapping[str, Any]], wanted: str, commit: str, previous: str, bad: Sequence[str]
 ) -> dict[str, str]:
     """Which release a rollback goes to: {id, problem}.
 
     facts: host to what `release_facts` returned. wanted: an id, the start of a commit, a version, or a tag, whose commit is then `commit`;
-    empty for the previous one. previous: the newest that ran well, is on all hosts and not marked bad. bad: releases that are marked bad.
+    empty for the previous one. previous: where an unfinished delivery leads, else the newest that ran well; on all hosts and not marked bad.
+    bad: releases that are marked bad. To go to the one that runs is no mistake: it ends what was interrupted.
     """
     kept = releases_kept_on_all(facts)
     known = f"on all hosts are {_and(kept)}" if kept else "no release is on all hosts"
@@ -223,11 +232,16 @@ def rollback_target(
     found = found or [each for each in kept if each.rpartition("-")[0] == wanted]
     if len(found) != 1:
         return {"id": "", "problem": f"'{wanted}' names {len(found)} releases: {known}"}
-    if found[0] == current and all(each["current"] == current for each in facts.values()):
-        return {"id": current, "problem": f"all hosts run {current} already"}
     if found[0] in bad:
         return {"id": found[0], "problem": f"{found[0]} is marked bad: it did not hold when it was deployed last. See playbooks/ledger.yml"}
     return {"id": found[0], "problem": ""}
+
+
+def rollback_turn(contract: Mapping[str, Any], hosts: Sequence[str], host: str) -> int:
+    """Whether a host switches with the first half (0) or the second (1): of those that serve users each half has its part, and of the others."""
+    serving = {member for each in contract["processes"].values() if each["kind"] == "web" for member in each["members"]}
+    alike = sorted(each for each in hosts if (each in serving) == (host in serving))
+    return alike.index(host) % 2
 
 
 def unrecorded(why: str, inventory: str) -> str:
@@ -241,7 +255,7 @@ def rollback_farewell(entry: Mapping[str, Any], inventory: str, hosts: Sequence[
     if silent and entry["outcome"] == "succeeded":
         return (
             f"release {entry['release']} runs on {_and(hosts)} again, but {_and(silent)} did not answer and was left as it was.\n"
-            f"When it is back, type: {play}/deploy.yml -e release={entry['release']}"
+            f"When it is back, type: {play}/rollback.yml -e release={entry['release']}"
         )
     if entry["outcome"] == "succeeded":
         return f"release {entry['release']} runs on {_and(hosts)} again, after {entry['seconds']:.0f} s; all checks passed"
@@ -291,6 +305,7 @@ class FilterModule:
             "restore_point_places": restore_point_places,
             "rollback_farewell": rollback_farewell,
             "rollback_target": rollback_target,
+            "rollback_turn": rollback_turn,
             "unrecorded": unrecorded,
             "watch_problem": watch_problem,
         }

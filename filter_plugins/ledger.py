@@ -143,13 +143,18 @@ def ledger_remedy(reads: Mapping[str, Mapping[str, Any]], note: Mapping[str, Any
 
 
 def ledger_bad(entries: Sequence[Entry]) -> list[str]:
-    """Releases whose last deploy failed or was rolled back, and that did not run well since."""
+    """Releases whose last deploy failed or was rolled back, and that did not run well since.
+
+    The one that ran well last is not: when it fails on a host to which it is deployed once more, that tells of the host.
+    """
     bad: dict[str, None] = {}
+    good = ""
     for entry in entries:
-        if entry["kind"] == "deploy" and entry.get("outcome") in ("failed", "rolled back"):
+        if entry["kind"] == "deploy" and entry.get("outcome") in ("failed", "rolled back") and entry["release"] != good:
             bad[entry["release"]] = None
         elif entry["kind"] in RAN and entry.get("outcome") == "succeeded":
-            bad.pop(entry["release"], None)
+            good = entry["release"]
+            bad.pop(good, None)
     return list(bad)
 
 
@@ -171,6 +176,27 @@ def ledger_previous(entries: Sequence[Entry], current: str, kept: Sequence[str])
             ran = [*(other for other in ran if other != release), release]
     bad = ledger_bad(entries)
     return next((release for release in reversed(ran) if release != current and release in kept and release not in bad), "")
+
+
+def ledger_unfinished(entries: Sequence[Entry], current: str, kept: Sequence[str], resumed: Mapping[str, str]) -> str:
+    """The release, among `kept`, to which a way back leads that did not come to its end; empty when there is none.
+
+    current: the release that the hosts run, of several the one that did not run well last. resumed: {run, purpose} of the run that was
+    interrupted. Without this, a rollback that is repeated would turn round, for its target runs already on some hosts or on all.
+    """
+    good = ledger_previous(entries, "", kept)
+    last = next((each for each in reversed(entries) if each["kind"] in RAN and each.get("outcome") != "refused"), {})
+    run = str(resumed.get("run", ""))
+    target = ""
+    if run.startswith("rollback-"):
+        target = current if current != good else ""
+    elif run.startswith("deploy-"):
+        target = good
+    elif last.get("outcome") == "failed" and last["kind"] == "rollback":
+        target = str(last["release"])
+    elif last.get("outcome") == "failed" and last.get("went_back"):
+        target = str(last.get("previous") or "")
+    return target if target in kept else ""
 
 
 def _newest(entries: Sequence[Entry], kind: str, **wanted: str) -> Entry:
@@ -287,6 +313,7 @@ class FilterModule:
             "ledger_remedy": ledger_remedy,
             "ledger_bad": ledger_bad,
             "ledger_previous": ledger_previous,
+            "ledger_unfinished": ledger_unfinished,
             "ledger_rehearsal": ledger_rehearsal,
             "ledger_longest": ledger_longest,
             "ledger_text": ledger_text,

@@ -440,6 +440,17 @@ def _ahead(state: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], targe
     return found
 
 
+def migrations_unbearable(entries: Sequence[Mapping[str, Any]], migrated: Mapping[str, Any], previous: str) -> list[dict[str, Any]]:
+    """The migrations because of which the hosts stay on a release that fails: `previous`, to which they would go back, cannot bear them.
+
+    entries: the ledger before this run. migrated: what this run has applied, as the ledger keeps it. A deploy that was interrupted may have
+    applied some, too; those that `previous` itself has brought are no hindrance.
+    """
+    well = [int(each["seq"]) for each in entries if each["kind"] in ("deploy", "rollback") and each.get("outcome") == "succeeded"]
+    earlier = [each for each in _records(entries, max(well, default=0)).values() if each["release"] != previous]
+    return [each for each in [*earlier, *migrated.get("migrations", [])] if each.get("compatible") is False]
+
+
 def _left_behind(state: Mapping[str, Any], database: str, name: str) -> bool:
     """Whether a migration that the target does not know was applied before one that it knows: of an app taken out, or of a squash."""
     applied = list(state.get("applied", {}).get(database, []))
@@ -505,6 +516,7 @@ class FilterModule:
             "migration_plan_entry": migration_plan_entry,
             "migration_plan_text": migration_plan_text,
             "migration_program": migration_program,
+            "migrations_unbearable": migrations_unbearable,
             "migrations_unknown": migrations_unknown,
             "reversal_problem": reversal_problem,
             "rollback_verdict": rollback_verdict,

@@ -74,7 +74,6 @@ releases: {description: Names of the releases that are on the host., type: list,
 """
 
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -82,6 +81,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.evenkeel_release import remove as remove_folder
 from ansible.module_utils.evenkeel_release import superfluous
 
 JOURNAL = Path("/var/log/journal")
@@ -179,7 +179,7 @@ def unit_exists(unit: str) -> bool:
 def remove(path: Path) -> None:
     """A file or a folder; an archive goes with its signature and its audit."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        remove_folder(path)
         return
     path.unlink(missing_ok=True)
     if path.suffix == ".tar":

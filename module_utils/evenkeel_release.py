@@ -275,9 +275,14 @@ def superfluous(releases: Path, keep: int, protected: set[str]) -> list[Path]:
     return [*sorted(releases.glob(".partial-*")), *old]
 
 
+def remove(folder: Path) -> None:
+    """Remove a release, which at no moment looks like a whole one of which parts are missing: what an interruption leaves is swept later."""
+    shutil.rmtree(folder if folder.name.startswith(".") else folder.rename(folder.with_name(f".partial-gone-{folder.name}")))
+
+
 def prune(releases: Path, keep: int, protected: set[str]) -> list[str]:
     """Remove what is superfluous. Returns the releases that were removed."""
     gone = superfluous(releases, keep, protected)
     for folder in gone:
-        shutil.rmtree(folder)
+        remove(folder)
     return [folder.name for folder in gone if not folder.name.startswith(".")]

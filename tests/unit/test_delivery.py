@@ -65,6 +65,10 @@ def test_it_goes_back_to_what_ran_well_and_is_on_all_hosts() -> None:
     assert delivery.release_before(there, "r1", "r2") == "r1"
     assert delivery.release_before(there, "r0", "r2") == "r1"  # r0 is not on b: what runs elsewhere stands in
     assert delivery.release_before(facts(a=("", ["r1"])), "", "r1") == ""
+    # what all hosts ran a moment ago counts more than what the ledger has: it may have stayed for its migrations
+    same = facts(a=("r1", ["r0", "r1", "r2"]), b=("r1", ["r0", "r1", "r2"]))
+    assert delivery.release_before(same, "r0", "r2") == "r1"
+    assert delivery.release_before(same, "r0", "r1") == "r0"
     assert delivery.releases_kept_on_all(there) == ["r1", "r2"]
 
 
@@ -86,18 +90,18 @@ KEPT = facts(a=("1.1-bbbbbbbbbbbb", ["1.0-aaaaaaaaaaaa", "1.1-bbbbbbbbbbbb"]))
         ("v1.0", "a" * 40, "1.0-aaaaaaaaaaaa", ""),
         ("1.0", "", "1.0-aaaaaaaaaaaa", ""),
         ("v9", "", "", "'v9' names 0 releases: on all hosts are 1.0-aaaaaaaaaaaa and 1.1-bbbbbbbbbbbb"),
-        ("1.1-bbbbbbbbbbbb", "", "1.1-bbbbbbbbbbbb", "all hosts run 1.1-bbbbbbbbbbbb already"),
+        ("1.1-bbbbbbbbbbbb", "", "1.1-bbbbbbbbbbbb", ""),  # to end what was interrupted
     ],
 )
 def test_a_rollback_finds_its_release(wanted: str, commit: str, chosen: str, words: str) -> None:
-    found = delivery.rollback_target(KEPT, wanted, commit, "1.0-aaaaaaaaaaaa", "1.1-bbbbbbbbbbbb", [])
+    found = delivery.rollback_target(KEPT, wanted, commit, "1.0-aaaaaaaaaaaa", [])
     assert (found["id"], found["problem"]) == (chosen, words)
 
 
 def test_a_rollback_never_goes_to_a_bad_release_and_says_when_none_is_known() -> None:
-    bad = delivery.rollback_target(KEPT, "aaaaaaa", "", "", "1.1-bbbbbbbbbbbb", ["1.0-aaaaaaaaaaaa"])
+    bad = delivery.rollback_target(KEPT, "aaaaaaa", "", "", ["1.0-aaaaaaaaaaaa"])
     assert "is marked bad" in bad["problem"]
-    assert "no earlier release that ran well is known" in delivery.rollback_target(KEPT, "", "", "", "1.1-bbbbbbbbbbbb", [])["problem"]
+    assert "no earlier release that ran well is known" in delivery.rollback_target(KEPT, "", "", "", [])["problem"]
 
 
 HOW = {
@@ -187,6 +191,22 @@ def test_a_host_without_a_release_among_others_is_named() -> None:
     assert "b has no release, while a has one: run playbooks/replace_host.yml -e host=b" in delivery.deploy_obstacle(
         there, {}, [], 30, "shop"
     )
+    assert delivery.deploy_obstacle(there, {}, [], 30, "shop", delivered=False) == "", "a first deploy that ended midway is repeated"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        (["web-1", "web-2", "work-1", "work-2"], ["web-1", "work-1"]),
+        (["web-1", "web-2", "work-1"], ["web-1", "work-1"]),
+        (["web-2", "work-2"], ["web-2", "work-2"]),  # of those that answer
+        (["web-1", "web-2"], ["web-1"]),
+        (["web-1"], ["web-1"]),
+    ],
+)
+def test_each_half_of_a_rollback_has_its_part_of_those_that_serve_users(hosts: list[str], first: list[str]) -> None:
+    processes = {"web": {"kind": "web", "members": ["web-1", "web-2"]}, "work": {"kind": "worker", "members": ["web-1", "work-1", "work-2"]}}
+    assert [host for host in hosts if delivery.rollback_turn({"processes": processes}, hosts, host) == 0] == first
 
 
 @pytest.mark.parametrize(

@@ -357,7 +357,7 @@ A_B = (("deploy", "A", "succeeded", ""), ("deploy", "B", "succeeded", "A"))
         ((*A_B, ("deploy", "C", "failed", "B"), ("deploy", "C", "succeeded", "B")), []),
         ((*A_B, ("deploy", "C", "failed", "B"), ("rollback", "C", "succeeded", "B")), []),
         ((*A_B, ("deploy", "C", "failed", "B"), ("rollback", "C", "failed", "B")), ["C"]),
-        ((*A_B, ("deploy", "B", "failed", "B")), ["B"]),
+        ((*A_B, ("deploy", "B", "failed", "B")), []),  # that tells of a host
     ],
 )
 def test_bad_releases(told: tuple[Any, ...], bad: list[str]) -> None:
@@ -373,7 +373,8 @@ def test_bad_releases(told: tuple[Any, ...], bad: list[str]) -> None:
         ((), "B", "AB", ""),
         ((("deploy", "B", "succeeded", "A"),), "B", "AB", "A"),  # A ran before there was a ledger
         ((*A_B, ("deploy", "C", "failed", "B")), "C", "ABC", "B"),
-        ((*A_B, ("deploy", "B", "failed", "B"), ("deploy", "C", "succeeded", "B")), "C", "ABC", "A"),  # B went bad later
+        ((*A_B, ("deploy", "C", "succeeded", "B"), ("deploy", "B", "failed", "C"), ("deploy", "D", "succeeded", "C")), "C", "ABD", "D"),
+        ((*A_B, ("deploy", "C", "succeeded", "B"), ("deploy", "B", "failed", "C"), ("deploy", "D", "succeeded", "C")), "D", "ABD", "A"),  # B is bad
         ((*A_B, ("rollback", "A", "succeeded", "B")), "A", "AB", ""),  # not back to what was left
         ((*A_B, ("rollback", "A", "succeeded", "B"), ("deploy", "B", "succeeded", "A")), "B", "AB", "A"),
         ((*A_B, ("rollback", "A", "succeeded", "B"), ("rollback", "B", "succeeded", "A")), "B", "AB", "A"),
@@ -384,6 +385,34 @@ def test_bad_releases(told: tuple[Any, ...], bad: list[str]) -> None:
 )
 def test_the_release_to_go_back_to(told: tuple[Any, ...], current: str, kept: str, previous: str) -> None:
     assert ledger.ledger_previous(story(*told), current, list(kept)) == previous
+
+
+WENT_BACK = {"kind": "deploy", "release": "C", "outcome": "failed", "previous": "B", "went_back": True}
+
+
+@pytest.mark.parametrize(
+    ("told", "current", "resumed", "target"),
+    [
+        (A_B, "B", "", ""),
+        (A_B, "A", "rollback-1", "A"),  # on some hosts, or on all
+        (A_B, "B", "rollback-1", ""),  # it had switched none: it chooses anew
+        (A_B, "C", "deploy-1", "B"),
+        (A_B, "B", "deploy-1", "B"),  # it had switched none: that is where it goes back to
+        (A_B, "X", "rollback-1", ""),  # not on all hosts
+        ((*A_B, ("rollback", "A", "failed", "B")), "A", "", "A"),
+        ((*A_B, ("rollback", "A", "failed", "B"), ("rollback", "A", "refused", "B")), "A", "", "A"),
+        ((*A_B, ("rollback", "A", "failed", "B"), ("rollback", "A", "succeeded", "B")), "A", "", ""),
+        ((*A_B, ("deploy", "C", "failed", "B")), "C", "", ""),  # it stays on C: the usual way back
+        ((*A_B, ("deploy", "C", "rolled back", "B")), "B", "", ""),
+    ],
+)
+def test_a_way_back_that_was_not_finished_is_gone_on_with(told: tuple[Any, ...], current: str, resumed: str, target: str) -> None:
+    assert ledger.ledger_unfinished(story(*told), current, ["A", "B", "C"], {"run": resumed} if resumed else {}) == target
+
+
+def test_so_is_one_that_a_deploy_began_by_itself() -> None:
+    entries = [*story(*A_B), {**COMMON, **WENT_BACK, "seq": 3, "at": "t3"}]
+    assert ledger.ledger_unfinished(entries, "B", ["A", "B", "C"], {}) == "B"
 
 
 def test_the_newest_rehearsal_of_a_release_while_another_ran() -> None:
