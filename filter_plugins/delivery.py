@@ -76,8 +76,8 @@ def backup_obstacle(holdings: Mapping[str, Any], now: float, most_hours: float) 
 def release_before(facts: Mapping[str, Mapping[str, Any]], recorded: str, release: str) -> str:
     """The release to go back to when `release` fails; '' for a first one.
 
-    What all hosts ran a moment ago; where they differ, because a delivery was interrupted, the one that was recorded as good last, else what
-    most of them run.
+    What all hosts ran a moment ago; where they differ, because a delivery was interrupted, the one that was recorded as good last, else
+    what most of them run.
 
     facts: host to what `release_facts` returned. recorded: of the filter `ledger_previous`.
     """
@@ -210,13 +210,11 @@ def release_current(facts: Mapping[str, Mapping[str, Any]], last_good: str) -> s
     return str((odd if len(running) > 1 else list(running) or [""])[0])
 
 
-def rollback_target(
-    facts: Mapping[str, Mapping[str, Any]], wanted: str, commit: str, previous: str, bad: Sequence[str]
-) -> dict[str, str]:
+def rollback_target(facts: Mapping[str, Mapping[str, Any]], wanted: str, commit: str, previous: str, bad: Sequence[str]) -> dict[str, str]:
     """Which release a rollback goes to: {id, problem}.
 
     facts: host to what `release_facts` returned. wanted: an id, the start of a commit, a version, or a tag, whose commit is then `commit`;
-    empty for the previous one. previous: where an unfinished delivery leads, else the newest that ran well; on all hosts and not marked bad.
+    empty for the previous one. previous: where an unfinished way back leads, else the newest that ran well; on all hosts and not bad.
     bad: releases that are marked bad. To go to the one that runs is no mistake: it ends what was interrupted.
     """
     kept = releases_kept_on_all(facts)
@@ -238,7 +236,7 @@ def rollback_target(
 
 
 def rollback_turn(contract: Mapping[str, Any], hosts: Sequence[str], host: str) -> int:
-    """Whether a host switches with the first half (0) or the second (1): of those that serve users each half has its part, and of the others."""
+    """Whether a host switches in the first half (0) or the second (1): each has its part of those that serve users, and of the others."""
     serving = {member for each in contract["processes"].values() if each["kind"] == "web" for member in each["members"]}
     alike = sorted(each for each in hosts if (each in serving) == (host in serving))
     return alike.index(host) % 2

@@ -35,7 +35,8 @@ def migration_command(app: Mapping[str, Any], action: str, options: Sequence[str
     migrations = app["migrations"]
     if migrations.get("django"):
         settings = ["--settings", str(migrations["settings"])] if migrations.get("settings") else []
-        return ["python", "-", action, *migrations["django"], *settings, *options]
+        # Django has sets of columns: without a seed their order, and with it the SQL, would be another one each time
+        return ["env", "PYTHONHASHSEED=0", "python", "-", action, *migrations["django"], *settings, *options]
     words = migrations.get("commands", {}).get(action, [])
     return [*map(str, words), *options] if words else []
 
@@ -299,6 +300,14 @@ def migration_entry(done: Mapping[str, Any], plan: Mapping[str, Any], restore_po
             if entry.get("backwards"):
                 record["backwards"] = True
         records.append(record)
+    if "partial" not in result:  # it was cut off: the database knows, and a later run looks there
+        perhaps = [
+            {key: entry[key] for key in ("database", "app", "name", "reversible", "compatible", "why")}
+            for entry in plan["pending"]
+            if not entry.get("backwards")
+        ]
+    else:
+        perhaps = []
     kept = {key: plan[key] for key in ("release", "fingerprint", "content")}
     told = {"outcome": result["outcome"], "why": result["why"], "migrations": records, "heads": result["heads"]}
     unfinished = result.get("partial", [entry for entry in plan["pending"] if not entry.get("atomic", True)])
@@ -307,6 +316,8 @@ def migration_entry(done: Mapping[str, Any], plan: Mapping[str, Any], restore_po
             {**{key: each[key] for key in ("database", "app", "name")}, "compatible": planned.get(_key(each), {}).get("compatible")}
             for each in unfinished
         ]
+    if perhaps:
+        told["perhaps"] = perhaps
     return {"kind": "migration", **kept, **told, "restore_point": restore_point}
 
 
@@ -318,8 +329,8 @@ def migration_done_text(entry: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"  {each['seconds']:8.2f} s  {each['database']} {migration_name(each)}" for each in entry["migrations"])])
 
 
-def migration_failure(entry: Mapping[str, Any], plan: Mapping[str, Any], inventory: str) -> str:
-    """Why migrations failed, what state that leaves, what to type next. `entry`: of the ledger."""
+def migration_failure(entry: Mapping[str, Any], plan: Mapping[str, Any], inventory: str, clusters: Sequence[str]) -> str:
+    """Why migrations failed, what state that leaves, what to type next. `entry`: of the ledger, `clusters`: they have its restore point."""
     backwards = any(each.get("backwards") for each in plan["pending"])
     done = [
         each for each in entry["migrations"] if (each["database"], each["name"]) in {(p["database"], p["name"]) for p in plan["pending"]}
@@ -339,10 +350,9 @@ def migration_failure(entry: Mapping[str, Any], plan: Mapping[str, Any], invento
         f"  ansible-playbook -i {inventory} playbooks/{playbook}.yml -e release={plan['release']}",
     ]
     if entry["restore_point"]:
-        clusters = ",".join(dict.fromkeys(each["database"] for each in plan["pending"]))
         lines += [
             "If data is wrong now, the databases can be restored as they were just before (what was written since is lost):",
-            f"  ansible-playbook -i {inventory} playbooks/restore.yml -e cluster={clusters} -e name={entry['restore_point']}",
+            f"  ansible-playbook -i {inventory} playbooks/restore.yml -e cluster={','.join(clusters)} -e name={entry['restore_point']}",
         ]
     return "\n".join(lines)
 
@@ -350,7 +360,8 @@ def migration_failure(entry: Mapping[str, Any], plan: Mapping[str, Any], invento
 def _records(entries: Sequence[Mapping[str, Any]], after: int = 0) -> dict[tuple[str, str], dict[str, Any]]:
     """(database, app.name) to what the ledger says of the migrations that are applied now; `after`: only of later entries.
 
-    Those of which a part may be there, because they failed midway and are not atomic, have `partial`.
+    Those of which a part may be there, because they failed midway and are not atomic, have `partial`; those of a run that was cut off
+    before it could tell, `perhaps`.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for entry in entries:
@@ -361,6 +372,8 @@ def _records(entries: Sequence[Mapping[str, Any]], after: int = 0) -> dict[tuple
             found.pop(key, None)
             if not each.get("backwards"):
                 found[key] = {**each, "release": entry["release"]}
+        for each in entry.get("perhaps", []):
+            found.setdefault((str(each["database"]), migration_name(each)), {**each, "perhaps": True, "release": entry["release"]})
         for each in entry.get("partial", []):
             why = "it failed midway, is not atomic, and what it did before stays"
             key = (str(each["database"]), migration_name(each))
@@ -420,16 +433,20 @@ def _and(words: Sequence[str]) -> str:
 
 
 def _ahead(state: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], target: str) -> list[dict[str, Any]]:
-    """What is applied and not known to the target, in the order in which it was applied."""
+    """What is applied and not known to the target, in the order in which it was applied.
+
+    The target has lived with what was applied before it ran well last: migrations of an app that was taken out, or that a squash replaced.
+    """
+    ran = max((int(each["seq"]) for each in entries if each["kind"] in ("deploy", "rollback") and _runs(each) == target), default=0)
+    later = _records(entries, after=ran)
     if state:
         records = _records(entries)
         keys = [(database, name) for database, names in state["unknown"].items() for name in names]
-        keys = [key for key in keys if key in records or not _left_behind(state, *key)]
+        keys = [key for key in keys if (key in later if key in records else not _left_behind(state, *key))]
         known = {(database, name) for database, names in state.get("known", {}).items() for name in names}
-        keys += [key for key, record in records.items() if record.get("partial") and key not in known and key not in keys]
+        keys += [key for key, record in later.items() if record.get("partial") and key not in known and key not in keys]
     else:
-        ran = [int(each["seq"]) for each in entries if each["kind"] in ("deploy", "rollback") and _runs(each) == target]
-        records = _records(entries, after=max(ran, default=0))
+        records = later
         keys = list(records)
     unrecorded = {"compatible": None, "reversible": None, "why": "the ledger has no record of it", "release": ""}
     kept = ("compatible", "reversible", "why", "release")
@@ -440,15 +457,22 @@ def _ahead(state: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], targe
     return found
 
 
-def migrations_unbearable(entries: Sequence[Mapping[str, Any]], migrated: Mapping[str, Any], previous: str) -> list[dict[str, Any]]:
+def migrations_unbearable(
+    entries: Sequence[Mapping[str, Any]], migrated: Mapping[str, Any], previous: str, applied: Mapping[str, Sequence[str]]
+) -> list[dict[str, Any]]:
     """The migrations because of which the hosts stay on a release that fails: `previous`, to which they would go back, cannot bear them.
 
-    entries: the ledger before this run. migrated: what this run has applied, as the ledger keeps it. A deploy that was interrupted may have
-    applied some, too; those that `previous` itself has brought are no hindrance.
+    entries: the ledger before this run. migrated: what this run has applied, as the ledger keeps it. applied: database to the migrations
+    that it had before. A deploy that was interrupted may have applied some, too.
     """
-    well = [int(each["seq"]) for each in entries if each["kind"] in ("deploy", "rollback") and each.get("outcome") == "succeeded"]
-    earlier = [each for each in _records(entries, max(well, default=0)).values() if each["release"] != previous]
-    return [each for each in [*earlier, *migrated.get("migrations", [])] if each.get("compatible") is False]
+    ran = [each for each in entries if each["kind"] in ("deploy", "rollback") and _runs(each)]
+    own = [each for each in entries if each["kind"] == "migration" and each["release"] == previous]
+    since = [each for each in ran if _runs(each) == previous] + own or ran  # one that never ran well may run now all the same
+    found = []
+    for (database, name), each in _records(entries, max((int(entry["seq"]) for entry in since), default=0)).items():
+        if each.get("compatible") is False and (not each.get("perhaps") or name in applied.get(database, [])):
+            found.append(each)
+    return found + [each for each in migrated.get("migrations", []) if each.get("compatible") is False]
 
 
 def _left_behind(state: Mapping[str, Any], database: str, name: str) -> bool:

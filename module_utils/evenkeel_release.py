@@ -276,7 +276,7 @@ def superfluous(releases: Path, keep: int, protected: set[str]) -> list[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a release, which at no moment looks like a whole one of which parts are missing: what an interruption leaves is swept later."""
+    """Remove a release. At no moment does one with missing parts stand there: what an interruption leaves is swept later."""
     shutil.rmtree(folder if folder.name.startswith(".") else folder.rename(folder.with_name(f".partial-gone-{folder.name}")))
 
 

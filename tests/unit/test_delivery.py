@@ -205,7 +205,10 @@ def test_a_host_without_a_release_among_others_is_named() -> None:
     ],
 )
 def test_each_half_of_a_rollback_has_its_part_of_those_that_serve_users(hosts: list[str], first: list[str]) -> None:
-    processes = {"web": {"kind": "web", "members": ["web-1", "web-2"]}, "work": {"kind": "worker", "members": ["web-1", "work-1", "work-2"]}}
+    processes = {
+        "web": {"kind": "web", "members": ["web-1", "web-2"]},
+        "work": {"kind": "worker", "members": ["web-1", "work-1", "work-2"]},
+    }
     assert [host for host in hosts if delivery.rollback_turn({"processes": processes}, hosts, host) == 0] == first
 
 

@@ -346,6 +346,7 @@ def story(*told: tuple[Any, ...]) -> list[dict[str, Any]]:
 
 
 A_B = (("deploy", "A", "succeeded", ""), ("deploy", "B", "succeeded", "A"))
+A_C = (*A_B, ("deploy", "C", "succeeded", "B"))
 
 
 @pytest.mark.parametrize(
@@ -373,8 +374,8 @@ def test_bad_releases(told: tuple[Any, ...], bad: list[str]) -> None:
         ((), "B", "AB", ""),
         ((("deploy", "B", "succeeded", "A"),), "B", "AB", "A"),  # A ran before there was a ledger
         ((*A_B, ("deploy", "C", "failed", "B")), "C", "ABC", "B"),
-        ((*A_B, ("deploy", "C", "succeeded", "B"), ("deploy", "B", "failed", "C"), ("deploy", "D", "succeeded", "C")), "C", "ABD", "D"),
-        ((*A_B, ("deploy", "C", "succeeded", "B"), ("deploy", "B", "failed", "C"), ("deploy", "D", "succeeded", "C")), "D", "ABD", "A"),  # B is bad
+        ((*A_C, ("deploy", "B", "failed", "C"), ("deploy", "D", "succeeded", "C")), "C", "ABD", "D"),
+        ((*A_C, ("deploy", "B", "failed", "C"), ("deploy", "D", "succeeded", "C")), "D", "ABD", "A"),  # B is bad
         ((*A_B, ("rollback", "A", "succeeded", "B")), "A", "AB", ""),  # not back to what was left
         ((*A_B, ("rollback", "A", "succeeded", "B"), ("deploy", "B", "succeeded", "A")), "B", "AB", "A"),
         ((*A_B, ("rollback", "A", "succeeded", "B"), ("rollback", "B", "succeeded", "A")), "B", "AB", "A"),

@@ -393,6 +393,17 @@ def test_prune_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "e"]
 
 
+def test_a_removal_that_is_cut_off_leaves_nothing_that_looks_like_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "old/venv").mkdir(parents=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(r.shutil, "rmtree", lambda _folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            r.prune(tmp_path, 0, set())
+    assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
+    r.prune(tmp_path, 0, set())
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("install", "sentence"),
     [
