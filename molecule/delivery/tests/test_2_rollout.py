@@ -112,9 +112,9 @@ def test_a_release_that_does_not_start_tells_its_last_words(hosts: Hosts, first:
     assert current(hosts) == [first, first]
 
 
-def begun(*arguments: str, output: int | IO[str] = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
-    """A deploy in a process group of its own."""
-    command = suite.command("deploy", *arguments, inventory=INVENTORY)
+def begun(name: str, *arguments: str, output: int | IO[str] = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+    """A deploy or a rollback in a process group of its own."""
+    command = suite.command(name, *arguments, inventory=INVENTORY)
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -126,9 +126,9 @@ def begun(*arguments: str, output: int | IO[str] = subprocess.DEVNULL) -> subpro
     )
 
 
-def killed_midway(hosts: Hosts, first: str, second: str) -> None:
-    """A deploy that dies when one of the two hosts has switched."""
-    process = begun("-e", f"release={second}")
+def killed_midway(hosts: Hosts, first: str, second: str, name: str, *arguments: str) -> None:
+    """A deploy or a rollback between these releases that dies when one of the two hosts has switched."""
+    process = begun(name, *arguments)
     try:
         until("one host to be switched", lambda: sorted(current(hosts)) == sorted([first, second]), 300, 0.5)
     finally:
@@ -137,7 +137,7 @@ def killed_midway(hosts: Hosts, first: str, second: str) -> None:
 
 
 def test_after_a_killed_deploy_a_strangers_lock_is_shown_and_a_rollback_restores(hosts: Hosts, first: str, second: str) -> None:
-    killed_midway(hosts, first, second)
+    killed_midway(hosts, first, second, "deploy", "-e", f"release={second}")
     lock = json.loads(hosts["web-2"].check_output("cat /var/lib/evenkeel/lock.json"))
     assert second in lock["purpose"]
     stranger = {**lock, "who": "somebody@elsewhere"}
@@ -156,8 +156,11 @@ def test_after_a_killed_deploy_a_strangers_lock_is_shown_and_a_rollback_restores
 def test_a_killed_deploy_is_finished_by_the_next_and_rolled_back_without_a_network_by_a_broken_release(
     hosts: Hosts, first: str, second: str
 ) -> None:
-    """The lock of the killed run is one's own. Then: no way out of the lab, and a release that cannot run a single command of its own."""
-    killed_midway(hosts, first, second)
+    """The lock of the killed run is one's own. Then: no way out of the lab, and a release that cannot run a single command of its own.
+
+    The rollback is killed, too: the next one goes on with it and does not turn round.
+    """
+    killed_midway(hosts, first, second, "deploy", "-e", f"release={second}")
     run = playbook("deploy", "-e", f"release={second}")
     assert run.code == 0, run.output[-5000:]
     assert current(hosts) == [second, second]
@@ -167,6 +170,7 @@ def test_a_killed_deploy_is_finished_by_the_next_and_rolled_back_without_a_netwo
         host.check_output(f"find /opt/drydock/releases/{second}/venv -name 'drydock*' -prune -exec mv {{}} {{}}.gone ';'")
     try:
         assert hosts["web-1"].run("timeout 5 bash -c '</dev/tcp/192.0.2.1/80'").rc != 0
+        killed_midway(hosts, first, second, "rollback")
         run = playbook("rollback")
         assert run.code == 0, run.output[-5000:]
         assert current(hosts) == [first, first]
@@ -183,7 +187,7 @@ def test_a_host_that_is_lost_midway_is_named_and_the_next_deploy_brings_both_the
 ) -> None:
     said = tmp_path / "deploy.log"
     with said.open("w") as output:
-        process = begun("-e", f"release={second}", output=output)
+        process = begun("deploy", "-e", f"release={second}", output=output)
         try:
             until("the first host to be switched", lambda: current({"web-1": hosts["web-1"]}) == [second], 300, 0.5)
             platform.machine("power-off", "web-2")
