@@ -69,6 +69,16 @@ STATEMENTS = tuple(
 )
 DROPPED_INDEX = re.compile(rf"DROP INDEX (?P<concurrently>CONCURRENTLY )?(?:IF EXISTS )?{NAME}", re.IGNORECASE)
 REFERENCE = re.compile(rf"\bREFERENCES {NAME}", re.IGNORECASE)
+#: What PostgreSQL tells of rows, as greedy as can be: a value may hold anything.
+FAILING_ROW = re.compile(r"DETAIL:\s+Failing row contains \(.*\)\.?", re.DOTALL)
+FAILING_ROW_IN_ANY_LANGUAGE = re.compile(r"\n\w+:\s+[^\n(]*\(.*\)\.?", re.DOTALL)
+KEY_VALUES = re.compile(r"\)=\(.*\)", re.DOTALL)
+#: Comments, quoted names and string literals of SQL; PostgreSQL may have cut off the end.
+LITERAL = re.compile(
+    r"""--[^\n]*|/\*.*?(?:\*/|\Z)|"[^"]*(?:"|\Z)"""
+    r"""|(?P<value>\be'(?:[^'\\]|\\.|'')*(?:'|\\?\Z)|'(?:[^']|'')*(?:'|\Z)|\$(?P<tag>(?:[^\W\d]\w*)?)\$.*?(?:\$(?P=tag)\$|\Z))""",
+    re.DOTALL | re.IGNORECASE,
+)
 INTEGERS = ("smallint", "integer", "bigint")
 SERIALS = {"smallserial": "smallint", "serial": "integer", "bigserial": "bigint"}
 
@@ -140,8 +150,17 @@ def identify(alias: str, systems: dict[str, str]) -> dict[str, str]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an error says, in one line, without the values of rows: it is printed, and kept in the ledger."""
+    text = FAILING_ROW.sub("", str(error))
+    if sqlstate(error) in ("23502", "23514"):  # null where none may be; a check
+        text = FAILING_ROW_IN_ANY_LANGUAGE.sub("", text)
+    return " ".join(KEY_VALUES.sub(")=(…)", text).split()) or type(error).__name__
+
+
+def without_values(sql: str) -> str:
+    """A statement of anybody's in one line, without what its string literals and comments hold."""
+    text = LITERAL.sub(lambda found: "'…'" if found["value"] else found[0] if found[0].startswith('"') else " ", sql)
+    return " ".join(text.split())
 
 
 def sqlstate(error: BaseException) -> str:
@@ -745,13 +764,13 @@ class Guard:
 
     def _watch(self) -> None:
         query = (
-            "SELECT pid, state, coalesce(host(client_addr), 'this host'), left(regexp_replace(query, '\\s+', ' ', 'g'), 80) "
+            "SELECT pid, state, coalesce(host(client_addr), 'this host'), query "
             "FROM pg_stat_activity WHERE pid = ANY(pg_blocking_pids(%s)) ORDER BY xact_start LIMIT 1"
         )
         while not self._end.wait(0.2):
             try:
                 for pid, doing, address, text in rows(self.connection, query, [self._watched]) if self._watched else []:
-                    self.holder = f"pid {pid} from {address} ({doing}: {text})" if doing else f"pid {pid}"
+                    self.holder = f"pid {pid} from {address} ({doing}: {without_values(text)[:80]})" if doing else f"pid {pid}"
             except Exception:  # it is about a hint only; a lost server is seen by who works with it
                 return
 

@@ -455,3 +455,29 @@ def test_what_the_release_before_uses_is_known_by_table_and_column(shop: World, 
     (entry,) = shop.plan()["pending"]
     assert entry["compatible"] is (not told), entry
     assert told in entry["why"]
+
+
+@pytest.mark.parametrize(
+    ("sql", "told"),
+    [
+        ("INSERT INTO shop_item (name) VALUES (NULL), ('pbkdf2_secret')", 'null value in column "name"'),
+        ("UPDATE shop_item SET name = 'secret (a)\nb'; CREATE UNIQUE INDEX named ON shop_item (name)", "Key (name)=(…) is duplicated"),
+    ],
+)
+def test_no_row_is_told_when_one_is_refused(shop: World, sql: str, told: str) -> None:
+    shop.migration("0002_refused", f"RunSQL({sql!r})", "0001_initial")
+    with shop.session() as session:
+        session.execute("ALTER TABLE shop_item ADD password text DEFAULT 'pbkdf2_secret'")
+    result, err = shop.run("apply", "core", code=1)
+    assert told in result["why"]
+    assert "Failing row" not in result["why"] and "secret" not in json.dumps(result) + err
+    assert "nothing of it stays. 0 of 1" in result["why"]
+
+
+def test_who_holds_a_lock_is_told_without_the_values_in_its_statement(shop: World) -> None:
+    shop.migration("0002_note", NULLABLE, "0001_initial")
+    with shop.session(autocommit=False) as holder:
+        holder.execute("UPDATE shop_item -- it's\nSET name = 'token-abc' WHERE name IN (E'j\\'ane@', $$j'ane@$$, 'unended ja''ne@', 'x')")
+        result, told = shop.run("apply", "core", *QUICK, "--tries", "2", code=1)
+    assert "(idle in transaction: UPDATE shop_item SET name = '…' WHERE name IN ('…', '…', '…', '…'))" in result["why"]
+    assert "token" not in told + result["why"] and "ane@" not in told + result["why"]
