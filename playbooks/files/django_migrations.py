@@ -68,6 +68,9 @@ STATEMENTS = tuple(
     )
 )
 DROPPED_INDEX = re.compile(rf"DROP INDEX (?P<concurrently>CONCURRENTLY )?(?:IF EXISTS )?{NAME}", re.IGNORECASE)
+BUILT_INDEX = re.compile(
+    rf"CREATE (?:UNIQUE )?INDEX CONCURRENTLY (?P<unless>IF NOT EXISTS )?(?P<index>{PART}) ON (?:ONLY )?{NAME}", re.IGNORECASE
+)
 REFERENCE = re.compile(rf"\bREFERENCES {NAME}", re.IGNORECASE)
 #: What PostgreSQL tells of rows, as greedy as can be: a value may hold anything.
 FAILING_ROW = re.compile(r"DETAIL:\s+Failing row contains \(.*\)\.?", re.DOTALL)
@@ -80,6 +83,18 @@ LITERAL = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 INTEGERS = ("smallint", "integer", "bigint")
+#: Operations of Django that are one statement each; older Djangos lack some.
+ONE_STATEMENT = (
+    "AddIndex",
+    "AddIndexConcurrently",
+    "RemoveIndex",
+    "RemoveIndexConcurrently",
+    "RenameIndex",
+    "AddConstraint",
+    "AddConstraintNotValid",
+    "RemoveConstraint",
+    "ValidateConstraint",
+)
 SERIALS = {"smallserial": "smallint", "serial": "integer", "bigserial": "bigint"}
 
 
@@ -180,6 +195,11 @@ def sqlstate(error: BaseException) -> str:
 def bare(name: str) -> str:
     """A table's name as the catalogue has it."""
     return ".".join(part[1:-1] if part.startswith('"') else part.lower() for part in re.findall(PART, name))
+
+
+def flat(statement: str) -> str:
+    """A statement with single spaces and without comments."""
+    return " ".join(sqlparse.format(statement, strip_comments=True).split())
 
 
 def locks_of(statement: str) -> list[tuple[str, str]]:
@@ -791,6 +811,7 @@ class Runner:
         self.partial: list[dict[str, Any]] = []
         self.total = 0
         self.stopped_at = ""
+        self.attempt = 0
 
     def run(self, release: Release, guard: Guard, steps: list[tuple[Any, bool]], *, going_back: bool) -> None:
         """Run the steps of one database, with the signals that Django's migrate sends."""
@@ -808,9 +829,12 @@ class Runner:
         states = release.states_before([migration for migration, _ in steps]) if going_back else {}
         for migration, _ in steps:
             if going_back:
-                self._step(release, guard, migration, lambda each=migration: executor.unapply_migration(states[each], each))
+                self._step(
+                    release, guard, migration, lambda each=migration: executor.unapply_migration(states[each], each), going_back=True
+                )
             else:
-                state = self._step(release, guard, migration, lambda each=migration, now=state: executor.apply_migration(now.clone(), each))
+                apply = lambda each=migration, now=state: executor.apply_migration(now.clone(), each)  # noqa: E731
+                state = self._step(release, guard, migration, apply, going_back=False)
         self.stopped_at = f"{alias}: the signals after migrations"
         if going_back:
             emit_post_migrate_signal(**silent, db=alias, apps=Release(alias).state().apps, plan=steps)
@@ -822,75 +846,162 @@ class Runner:
                     self.done.append({"database": alias, "app": app, "name": name, "seconds": 0.0, "recorded": True})
         self.stopped_at = ""
 
-    def _step(self, release: Release, guard: Guard, migration: Any, act: Any) -> Any:
+    def _step(self, release: Release, guard: Guard, migration: Any, act: Any, *, going_back: bool) -> Any:
         """One migration, again after a lock time-out, unless some of it would stay."""
-        name = f"{migration.app_label}.{migration.name}"
+        connection, name = release.connection, f"{migration.app_label}.{migration.name}"
         self.stopped_at = name
         undone = migration.atomic or all_or_nothing(migration)
         self.partial = [] if undone else [{"database": release.alias, "app": migration.app_label, "name": migration.name}]
-        for attempt in range(1, self.tries + 1):
-            guard.watch(release.connection)
-            [(limit,)] = rows(release.connection, "SELECT current_setting('lock_timeout')")
-            rows_set(release.connection, "application_name", f"evenkeel migrate {name}"[:63])
+        built, alone = concurrent_work(migration, going_back=going_back)
+        refuse_invalid_indexes(connection, migration, built)
+        limits = [(each, rows(connection, "SELECT current_setting(%s)", [each])[0][0]) for each in ("lock_timeout", "statement_timeout")]
+
+        def try_once() -> tuple[Any, float]:
+            rows_set(connection, "application_name", f"evenkeel migrate {name}"[:63])
             started = time.monotonic()
             try:
-                prepare_concurrent(release.connection, migration)
-                result = act()
+                prepare_concurrent(connection, built, alone=alone)
+                return act(), round(time.monotonic() - started, 3)
+            finally:
+                for limit in limits:  # the migration may have set its own, too
+                    rows_set(connection, *limit)
+
+        try:
+            result, seconds = self._patiently(release, guard, name, try_once, self.tries if undone else 1)
+        except Exception as error:  # the database's, or the application's own code
+            raise Refused(self._why(connection, name, built, error, guard)) from error
+        say(f"{release.alias} {name} … {seconds:.1f} s")
+        self.done.append({"database": release.alias, "app": migration.app_label, "name": migration.name, "seconds": seconds})
+        self.partial = []
+        return result
+
+    def _patiently(self, release: Release, guard: Guard, name: str, act: Any, tries: int) -> Any:
+        """Do it, again after a lock time-out and the like."""
+        for attempt in range(1, tries + 1):
+            self.attempt = attempt
+            guard.watch(release.connection)
+            try:
+                return act()
             except DatabaseError as error:
                 reason = TRIED_AGAIN.get(sqlstate(error), "")
-                if not reason or not undone or attempt == self.tries:
-                    raise Refused(self._why(release.alias, name, migration, error, guard, attempt)) from error
-                pause = min(PAUSE_LIMIT_SECONDS, 2 ** (attempt - 1)) * random.uniform(0.75, 1.25)
-                held = f"waits for a lock held by {guard.holder}" if guard.holder else f"was stopped by a {reason}"
-                say(f"{release.alias} {name} {held}, try {attempt + 1} of {self.tries} in {pause:.0f} s")
-                time.sleep(pause)
-                continue
-            except Exception as error:  # the application's own code
-                raise Refused(self._why(release.alias, name, migration, error, guard, attempt)) from error
-            finally:
-                rows_set(release.connection, "lock_timeout", limit)
-            seconds = round(time.monotonic() - started, 3)
-            say(f"{release.alias} {name} … {seconds:.1f} s")
-            self.done.append({"database": release.alias, "app": migration.app_label, "name": migration.name, "seconds": seconds})
-            self.partial = []
-            return result
+                if not reason or attempt == tries:
+                    raise
+            pause = min(PAUSE_LIMIT_SECONDS, 2 ** (attempt - 1)) * random.uniform(0.75, 1.25)
+            held = f"waits for a lock held by {guard.holder}" if guard.holder else f"was stopped by a {reason}"
+            say(f"{release.alias} {name} {held}, try {attempt + 1} of {tries} in {pause:.0f} s")
+            time.sleep(pause)
         raise AssertionError("the loop returns or raises")
 
-    def _why(self, alias: str, name: str, migration: Any, error: Exception, guard: Guard, attempt: int) -> str:
-        """One sentence or two: what failed, what stayed, what the next run does."""
+    def _what(self, error: Exception, guard: Guard) -> str:
+        """What failed, for people."""
         state = sqlstate(error)
-        text = f"{type(error).__name__}: {one_line(error)}" if not isinstance(error, DatabaseError) else one_line(error)
         if state in TRIED_AGAIN:
-            text = f"{TRIED_AGAIN[state]} in {attempt} {'try' if attempt == 1 else 'tries'}"
-            text += f", the lock is held by {guard.holder}" if guard.holder else ""
-        elif state == CANCELED:
-            text = f"it took longer than the {self.statement_timeout_seconds:.0f} s of the statement time-out"
-        stays = "nothing of it stays" if migration.atomic else "it is not atomic, so what it did before the error stays"
+            held = f", the lock is held by {guard.holder}" if guard.holder else ""
+            return f"{TRIED_AGAIN[state]} in {self.attempt} {'try' if self.attempt == 1 else 'tries'}{held}"
+        if state == CANCELED:
+            return f"it took longer than the {self.statement_timeout_seconds:.0f} s of the statement time-out"
+        return one_line(error) if isinstance(error, DatabaseError | Refused) else f"{type(error).__name__}: {one_line(error)}"
+
+    def _why(self, connection: Any, name: str, built: dict[str, bool], error: Exception, guard: Guard) -> str:
+        """One sentence or two: what failed, what stayed, what the next run does."""
+        stays = "it is not atomic, so what it did before the error stays" if self.partial else "nothing of it stays"
+        with suppress(DatabaseError, InterfaceError):  # a lost session tells nothing
+            found = [(*index_found(connection, index), once) for index, once in built.items()]
+            broken = ", ".join(index for index, valid, _once in found if index and not valid)
+            if broken and not isinstance(error, Refused):
+                stays = f"{stays}, also" if self.partial else "all that stays is"
+                stays += f" the invalid index {broken}, which the next run drops"
+            again = "; ".join(f"DROP INDEX CONCURRENTLY {index}" for index, valid, once in found if valid and once)
+            if again:
+                stays += f"; it would build again what is there; when an earlier try built it, type first: {again}"
         done = len([entry for entry in self.done if not entry.get("recorded")])
-        return f"{alias} {name}: {text}; {stays}. {done} of {self.total} migrations are done; the next run continues with this one"
+        text = f"{connection.alias} {name}: {self._what(error, guard)}; {stays}"
+        return f"{text}. {done} of {self.total} migrations are done; the next run continues with this one"
 
 
-def prepare_concurrent(connection: Any, migration: Any) -> None:
+def in_the_end(operations: Any) -> list[Any]:
+    """Operations as they reach the database: those inside SeparateDatabaseAndState instead of it."""
+    from django.db.migrations import SeparateDatabaseAndState
+
+    result = []
+    for operation in operations:
+        result += in_the_end(operation.database_operations) if type(operation) is SeparateDatabaseAndState else [operation]
+    return result
+
+
+def statements_of(sql: Any) -> list[str]:
+    """The statements of a RunSQL: a text, or a list of texts and of (text, parameters)."""
+    texts = [sql] if isinstance(sql, str) else [each if isinstance(each, str) else each[0] for each in sql or ()]
+    return [flat(statement) for text in texts for statement in sqlparse.split(text)]
+
+
+def concurrent_work(migration: Any, *, going_back: bool) -> tuple[dict[str, bool], bool]:
+    """The indexes that a migration builds beside the traffic, each with whether a second build fails; whether such work is all it does."""
+    from django.contrib.postgres.operations import AddIndexConcurrently, RemoveIndexConcurrently
+    from django.db.migrations import RunSQL
+
+    built: dict[str, bool] = {}
+    kinds = set()
+    for operation in in_the_end(migration.operations):
+        if isinstance(operation, RunSQL):
+            for statement in statements_of(operation.reverse_sql if going_back else operation.sql):
+                found = BUILT_INDEX.match(statement)
+                if found:
+                    schema = bare(found["name"]).rpartition(".")[0]
+                    built[f"{schema}.{bare(found['index'])}".lstrip(".")] = not found["unless"]
+                dropped = DROPPED_INDEX.match(statement)
+                concurrent = found or (dropped and dropped["concurrently"])
+                setting = re.match(r"(SET|RESET)\b", statement, re.IGNORECASE)
+                kinds |= {"concurrent"} if concurrent else set() if setting else {"other"}
+            continue
+        if isinstance(operation, RemoveIndexConcurrently if going_back else AddIndexConcurrently):
+            built[operation.name if going_back else operation.index.name] = True
+        kinds.add("concurrent" if type(operation) in (AddIndexConcurrently, RemoveIndexConcurrently) else "other")
+    return built, kinds == {"concurrent"}
+
+
+def index_found(connection: Any, name: str) -> tuple[str, bool]:
+    """An index as SQL names it, and whether it is valid; ("", False) when there is none."""
+    found = rows(
+        connection, "SELECT indexrelid::regclass::text, indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)", [quoted(name)]
+    )
+    return found[0] if found else ("", False)
+
+
+def prepare_concurrent(connection: Any, built: dict[str, bool], *, alone: bool) -> None:
     """Before an index is built or dropped beside the traffic: wait for locks without end, and drop what a broken try left.
 
     Such work waits for running transactions without holding anybody up, and a time-out would leave an invalid index. The statement
     time-out still ends it. What else the migration does holds others up, so with it the time-out stays.
     """
-    kinds = [type(operation).__name__ for operation in migration.operations]
-    concurrent = {"AddIndexConcurrently", "RemoveIndexConcurrently"} & set(kinds)
-    if not concurrent:
-        return
-    if concurrent == set(kinds):
+    if alone:
         rows_set(connection, "lock_timeout", "0")
-    for operation in (each for each, kind in zip(migration.operations, kinds, strict=True) if kind == "AddIndexConcurrently"):
-        for (name,) in rows(
-            connection,
-            "SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid AND indexrelid = to_regclass(%s)",
-            [quoted(operation.index.name)],
-        ):
+    for index in built:
+        name, valid = index_found(connection, index)
+        if name and not valid:
             say(f"drops the invalid index {name}, which a broken run left")
             with connection.cursor() as cursor:
                 cursor.execute(f"DROP INDEX CONCURRENTLY {name}")
+
+
+def refuse_invalid_indexes(connection: Any, migration: Any, built: dict[str, bool]) -> None:
+    """Let a migration fail, before Django records it, when an index that it builds is invalid in the end."""
+    if not built:
+        return
+
+    def checked(work: Any) -> Any:
+        def work_and_look(*what: Any, **more: Any) -> Any:
+            result = work(*what, **more)
+            for index in built:
+                name, valid = index_found(connection, index)
+                if name and not valid:
+                    drop = f"type DROP INDEX CONCURRENTLY {name} and deploy again"
+                    raise Refused(f"the index {name} is still invalid, so no query uses it: {drop}")
+            return result
+
+        return work_and_look
+
+    migration.apply, migration.unapply = checked(migration.apply), checked(migration.unapply)
 
 
 def rows_set(connection: Any, name: str, value: str) -> None:
@@ -954,9 +1065,16 @@ def run(options: argparse.Namespace, to: dict[str, dict[str, str]] | None) -> di
 
 def all_or_nothing(migration: Any) -> bool:
     """Whether a migration without a transaction has one operation that is one statement, or has a transaction of its own."""
-    alone = migration.operations[0] if len(migration.operations) == 1 else None
-    code = type(alone).__name__ in ("RunPython", "RunSQL", "SeparateDatabaseAndState")
-    return bool(alone) and (not code or bool(getattr(alone, "atomic", False)))
+    from django.contrib.postgres import operations as postgres
+    from django.db.migrations import operations as kinds
+
+    operations = in_the_end(migration.operations)
+    if len(operations) != 1:
+        return False
+    kind = type(operations[0])
+    if kind is kinds.RunPython:
+        return operations[0].atomic is True
+    return any(kind is getattr(module, name, None) for module in (kinds, postgres) for name in ONE_STATEMENT)  # not what inherits from it
 
 
 def reversible(migration: Any) -> bool:

@@ -298,16 +298,25 @@ def test_one_runner_at_a_time(shop: World) -> None:
     )
 
 
-def test_concurrent_index_is_built_again_after_a_broken_try(shop: World) -> None:
-    more = """
-        from django.contrib.postgres.operations import AddIndexConcurrently
-        migrations.Migration.atomic = False
-    """
-    shop.migration("0002_index", "AddIndexConcurrently('item', models.Index(fields=['name'], name='by_name'))", "0001_initial", more)
+CONCURRENTLY = """
+    from django.contrib.postgres.operations import AddIndexConcurrently
+    migrations.Migration.atomic = False
+"""
+IDIOM = "CREATE INDEX CONCURRENTLY IF NOT EXISTS\n by_name ON shop_item (name)"
+NAMED = "AddIndexConcurrently('item', models.Index(fields=['name'], name='by_name'))"
+
+
+def break_index(shop: World) -> None:
+    """Leave an index as a broken try does."""
     with shop.session() as session:
         session.execute("CREATE INDEX by_name ON shop_item (name)")
     with shop.session(user="super") as session:
         session.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'by_name'::regclass")
+
+
+def test_concurrent_index_is_built_again_after_a_broken_try(shop: World) -> None:
+    shop.migration("0002_index", NAMED, "0001_initial", CONCURRENTLY)
+    break_index(shop)
     (entry,) = shop.plan()["pending"]
     assert entry["tables"][0]["lock"] == "SHARE UPDATE EXCLUSIVE"
     with shop.session(autocommit=False) as holder:  # whom it waits for longer than the lock time-out
@@ -320,6 +329,92 @@ def test_concurrent_index_is_built_again_after_a_broken_try(shop: World) -> None
     assert "drops the invalid index by_name" in err
     assert "try 2" not in err
     assert shop.rows("SELECT indisvalid FROM pg_index WHERE indexrelid = 'by_name'::regclass") == [(True,)]
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        f"RunSQL({IDIOM!r}, state_operations=[AddIndex('item', models.Index(fields=['name'], name='by_name'))])",
+        f"RunSQL(['SET statement_timeout = 0', ({IDIOM!r}, None)])",
+        f"SeparateDatabaseAndState([{NAMED}], [])",
+        f"SeparateDatabaseAndState([RunSQL({IDIOM.replace('shop_item', 'public.shop_item')!r})], [])",
+    ],
+)
+def test_concurrent_index_written_in_another_way_is_built_again_too(shop: World, operation: str) -> None:
+    shop.migration("0002_index", operation, "0001_initial", CONCURRENTLY)
+    break_index(shop)
+    with shop.session(autocommit=False) as holder:  # whom it waits for longer than the lock time-out
+        holder.execute("INSERT INTO shop_item (name) VALUES ('x')")
+        process = shop.start("apply", "core", *QUICK)
+        time.sleep(1.5)
+        holder.commit()
+    out, err = process.communicate(timeout=30)
+    assert json.loads(out)["outcome"] == "succeeded", err + out
+    assert "drops the invalid index by_name" in err
+    assert shop.rows("SELECT indisvalid FROM pg_index WHERE indexrelid = 'by_name'::regclass") == [(True,)]
+
+
+def test_a_migration_that_leaves_an_invalid_index_does_not_succeed(shop: World) -> None:
+    more = f"""{CONCURRENTLY}
+    def spoil(apps, editor):
+        import psycopg
+        with psycopg.connect(host="{shop.server}", user="super", dbname="{shop.name}") as session:
+            session.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'by_name'::regclass")
+    """
+    shop.migration("0002_index", f"RunSQL({IDIOM!r}), RunPython(spoil)", "0001_initial", more)
+    result, _told = shop.run("apply", "core", code=1)
+    assert "the index by_name is still invalid, so no query uses it: type DROP INDEX CONCURRENTLY by_name and deploy again" in result["why"]
+    assert [entry["name"] for entry in shop.plan()["pending"]] == ["0002_index"], "or it would never be built"
+
+
+def test_two_concurrent_indexes_of_which_one_is_there_say_what_to_drop(shop: World) -> None:
+    more = NAMED.replace("by_name", "by_id").replace("['name']", "['id']")
+    shop.migration("0002_index", f"{NAMED}, {more}", "0001_initial", CONCURRENTLY)
+    with shop.session() as session:
+        session.execute("CREATE INDEX by_name ON shop_item (name)")
+    result, _told = shop.run("apply", "core", code=1)
+    assert 'relation "by_name" already exists' in result["why"]
+    assert (
+        "it would build again what is there; when an earlier try built it, type first: DROP INDEX CONCURRENTLY by_name. 0" in result["why"]
+    )
+    with shop.session() as session:
+        session.execute('DROP INDEX CONCURRENTLY "by_name"')
+    assert shop.run("apply", "core")[0]["outcome"] == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("operation", "again"),
+    [
+        ("AddIndex('item', models.Index(fields=['name'], name='by_name'))", True),
+        ("SeparateDatabaseAndState([AddIndex('item', models.Index(fields=['name'], name='by_name'))], [])", True),
+        ("RunPython(alter, atomic=True)", True),
+        ("RunPython(alter)", False),
+        ("Alter(alter, atomic=True)", False),
+        ("RunSQL('CREATE TABLE y (); ALTER TABLE shop_item ADD x int')", False),
+        ("AddField('item', 'note', models.TextField(db_default='x'))", False),
+    ],
+)
+def test_what_is_not_atomic_is_tried_again_only_when_nothing_of_it_can_stay(shop: World, operation: str, again: bool) -> None:
+    more = """
+        migrations.Migration.atomic = False
+        class Alter(RunPython): pass
+        def alter(apps, editor):
+            editor.execute("ALTER TABLE shop_item ADD x int")
+    """
+    shop.migration("0002_alter", operation, "0001_initial", more)
+    with shop.session(autocommit=False) as holder:
+        holder.execute("INSERT INTO shop_item (name) VALUES ('x')")
+        result, _told = shop.run("apply", "core", *QUICK, "--tries", "2", code=1)
+    assert f"lock time-out in {'2 tries' if again else '1 try'}" in result["why"]
+    assert ("nothing of it stays" if again else "it is not atomic, so what it did before the error stays") in result["why"]
+    assert bool(result["partial"]) is not again
+
+
+def test_a_migrations_own_time_out_ends_with_it(shop: World) -> None:
+    shop.migration("0002_set", "RunSQL('SET statement_timeout = 0; SET lock_timeout = 0')", "0001_initial")
+    shop.migration("0003_slow", "RunSQL('SELECT pg_sleep(5)')", "0002_set")
+    result, _told = shop.run("apply", "core", "--statement-timeout-seconds", "0.5", code=1)
+    assert result["stopped_at"] == "shop.0003_slow"
 
 
 def test_older_release_sees_what_it_does_not_know(shop: World) -> None:
