@@ -836,10 +836,21 @@ class Runner:
                 apply = lambda each=migration, now=state: executor.apply_migration(now.clone(), each)  # noqa: E731
                 state = self._step(release, guard, migration, apply, going_back=False)
         self.stopped_at = f"{alias}: the signals after migrations"
-        if going_back:
-            emit_post_migrate_signal(**silent, db=alias, apps=Release(alias).state().apps, plan=steps)
-        else:
-            call_command("migrate", **silent, database=alias, skip_checks=True)  # nothing is pending: what Django does at its end
+
+        def finish() -> None:
+            if going_back:
+                emit_post_migrate_signal(**silent, db=alias, apps=Release(alias).state().apps, plan=steps)
+            else:
+                call_command("migrate", **silent, database=alias, skip_checks=True)  # nothing is pending: what Django does at its end
+
+        try:
+            self._patiently(release, guard, "the signals after migrations", finish, self.tries)
+        except Exception as error:  # the next plan is empty, so no next run would do it
+            where = "of the release that this went back to" if going_back else "of this release"
+            text = f"{alias}: all migrations are {'reversed' if going_back else 'done'}, but not what Django does after them"
+            command = f"python -m django migrate --database {alias} in the environment {where}"
+            raise Refused(f"{text} ({self._what(error, guard)}): type {command}") from error
+        if not going_back:
             run = {(entry["app"], entry["name"]) for entry in self.done if entry["database"] == alias}
             for app, name in release.applied():
                 if (app, name) not in before | run:  # a squash of what was applied before, or what is replaced by one that ran

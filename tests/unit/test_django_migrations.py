@@ -576,3 +576,32 @@ def test_who_holds_a_lock_is_told_without_the_values_in_its_statement(shop: Worl
         result, told = shop.run("apply", "core", *QUICK, "--tries", "2", code=1)
     assert "(idle in transaction: UPDATE shop_item SET name = '…' WHERE name IN ('…', '…', '…', '…'))" in result["why"]
     assert "token" not in told + result["why"] and "ane@" not in told + result["why"]
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_signals_after_migrations_are_sent_again_or_told(server: Path, template: str, tmp_path: Path, freed: bool) -> None:
+    """Else the content types and permissions of new models are missing for good: the next plan is empty."""
+    world = World(tmp_path, server, f"shop_{next(numbers)}", ("django.contrib.contenttypes", "shop"), template=template)
+    world.migration("0001_initial", ITEM)
+    world.run("apply", "core")
+    world.migration("0002_tag", 'CreateModel("Tag", [("id", models.BigAutoField(primary_key=True))])', "0001_initial")
+    with world.session(autocommit=False) as holder:
+        holder.execute("LOCK django_content_type IN ACCESS EXCLUSIVE MODE")
+        pid = holder.info.backend_pid
+        process = world.start("apply", "core", *QUICK, "--tries", "8" if freed else "2")
+        assert process.stderr is not None
+        lines = [process.stderr.readline() for _ in range(2)]
+        if not freed:
+            process.wait(timeout=30)
+    out, err = process.communicate(timeout=30)
+    assert lines[1].startswith(f"core the signals after migrations waits for a lock held by pid {pid} from this host"), (lines, err)
+    result = json.loads(out)
+    assert [entry["name"] for entry in result["migrations"]] == ["0002_tag"]
+    made = world.rows("SELECT model FROM django_content_type WHERE model = 'tag'")
+    if freed:
+        assert (result["outcome"], made) == ("succeeded", [("tag",)])
+    else:
+        assert (result["outcome"], result["stopped_at"], made) == ("failed", "core: the signals after migrations", [])
+        start = "core: all migrations are done, but not what Django does after them (lock time-out in 2 tries, the lock is held by pid"
+        assert result["why"].startswith(start)
+        assert result["why"].endswith("): type python -m django migrate --database core in the environment of this release")
