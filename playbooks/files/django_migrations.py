@@ -287,20 +287,18 @@ def judge(
     `base`: table to its columns as they were before the first pending migration: what the release before can know, whatever models are
     called since.
     """
-    from django.contrib.postgres import operations as postgres
     from django.db.migrations import operations as kinds
 
     if not base:
         return True, ""  # there is no release before
+    if not of_django(operation):
+        return None, f"what {kind_name(operation)} does cannot be judged"
     if isinstance(operation, kinds.RunPython):
         if operation.code == kinds.RunPython.noop or not router.allow_migrate(editor.connection.alias, app, **operation.hints):
             return True, ""
         return None, f"what the code of {code_name(operation.code)} does to data cannot be judged"
     if isinstance(operation, kinds.RunSQL):
         return (None, "what hand-written SQL does cannot be judged") if sql else (True, "")
-    known = [value for value in (*vars(kinds).values(), *vars(postgres).values()) if isinstance(value, type)]
-    if type(operation) not in known:
-        return None, f"what the operation {type(operation).__name__} of {type(operation).__module__} does cannot be judged"
     if not sql or isinstance(operation, kinds.CreateModel):
         return True, ""
     named = "old_name" if isinstance(operation, kinds.RenameModel) else "model_name" if hasattr(operation, "model_name") else "name"
@@ -315,17 +313,23 @@ def _judge_known(
 ) -> tuple[bool | None, str]:
     """The same for an operation of Django on a table that the release before knows."""
     from django.db.migrations import operations as kinds
+    from django.db.models import UniqueConstraint
 
     def table(state: Any) -> str:
         return str(state.apps.get_model(app, model)._meta.db_table)
 
+    def columns(state: Any, fields: Any) -> list[str]:
+        return [state.apps.get_model(app, model)._meta.get_field(each).column for each in fields]
+
     if isinstance(operation, kinds.AddField):
         field = after.apps.get_model(app, model)._meta.get_field(operation.name)
-        if field.many_to_many or field.null or getattr(field, "generated", False):
+        if field.many_to_many or getattr(field, "generated", False):
             return True, ""
         if has_database_default(field):
             again = f"the second insert of the release before fails: {table(after)}.{field.column} is unique"
             return (False, again) if field.unique else (True, "")
+        if field.null:
+            return True, ""
         return False, f"inserts of the release before fail: no value for {table(after)}.{field.column}"
     if isinstance(operation, kinds.AlterField | kinds.RemoveField | kinds.RenameField):
         name = operation.old_name if isinstance(operation, kinds.RenameField) else operation.name
@@ -337,7 +341,9 @@ def _judge_known(
         if isinstance(operation, kinds.AlterField):
             new = after.apps.get_model(app, model)._meta.get_field(name)
             narrower = narrowing(editor.connection, old, new)
-            return (False, f"{table(after)}.{new.column} {narrower}") if narrower else (True, "")
+            if narrower:
+                return False, f"{table(after)}.{new.column} {narrower}"
+            return no_longer_unique(table(after), [[old.column]] if old.unique and not new.unique else [], base)
         what = "is gone" if isinstance(operation, kinds.RemoveField) else f"is called {operation.new_name}"
         return False, f"queries of the release before fail: {table(before)}.{old.column or name} {what}"
     if isinstance(operation, kinds.DeleteModel):
@@ -349,11 +355,18 @@ def _judge_known(
     if isinstance(operation, kinds.AddConstraint):
         return False, f"the release before may write rows that the constraint {operation.constraint.name} on {table(after)} refuses"
     if isinstance(operation, kinds.AlterUniqueTogether):
-        old = set(before.models[app, model].options.get("unique_together") or ())
-        added = {tuple(each) for each in operation.option_value or ()} - {tuple(each) for each in old}
-        if added:
+        old = {tuple(each) for each in before.models[app, model].options.get("unique_together") or ()}
+        new = {tuple(each) for each in operation.option_value or ()}
+        if new - old:
             return False, f"the release before may write rows that the new unique columns of {table(after)} refuse"
-        return True, ""
+        return no_longer_unique(table(after), [columns(before, each) for each in sorted(old - new)], base)
+    if isinstance(operation, kinds.RemoveConstraint):
+        constraint = before.models[app, model].get_constraint_by_name(operation.name)
+        if not isinstance(constraint, UniqueConstraint):
+            return True, ""
+        if not constraint.fields:
+            return None, f"the release before may write with ON CONFLICT on what {operation.name} on {table(after)} made unique"
+        return no_longer_unique(table(after), [columns(before, constraint.fields)], base)
     if isinstance(operation, kinds.AlterOrderWithRespectTo):
         if operation.option_value:
             return False, f"inserts of the release before fail: no value for {table(after)}._order"
@@ -361,6 +374,14 @@ def _judge_known(
     if type(operation).__name__ == "RemoveCollation":
         return None, "whether the release before uses the collation cannot be told"
     return True, ""  # indexes, extensions, comments, what relaxes
+
+
+def no_longer_unique(table: str, groups: list[list[str]], base: dict[str, set[str]]) -> tuple[bool | None, str]:
+    """What it means that these groups of columns may hold the same values twice: INSERT … ON CONFLICT (columns) fails."""
+    known = [", ".join(columns) for columns in groups if base.get(table, set()).issuperset(columns)]
+    if not known:
+        return True, ""
+    return None, f"the release before may write with ON CONFLICT on {' and on '.join(known)} of {table}, which are no longer unique"
 
 
 def columns_of(state: Any) -> dict[str, set[str]]:
@@ -426,6 +447,19 @@ def wider(old: str, new: str) -> bool:
     if all(numbers):
         return numbers[0][2] == numbers[1][2] and int(numbers[0][1]) <= int(numbers[1][1])  # type: ignore[index]
     return False
+
+
+def of_django(operation: Any) -> bool:
+    """Whether an operation is one of Django's own, not one that inherits from it."""
+    from django.contrib.postgres import operations as postgres
+    from django.db.migrations import operations as kinds
+
+    return any(type(operation) is value for value in (*vars(kinds).values(), *vars(postgres).values()))
+
+
+def kind_name(operation: Any) -> str:
+    """What a person finds the class of an operation by."""
+    return f"the operation {type(operation).__name__} of {type(operation).__module__}"
 
 
 def code_name(code: Any) -> str:
@@ -590,8 +624,6 @@ class Release:
         entry = self._entry(migration, [])
         entry["backwards"] = True
         entry["compatible"] = None
-        lost = [each for operation in migration.operations for each in losses(operation, migration.app_label, state)]
-        entry["why"] = "; ".join(dict.fromkeys(lost)) or "no data is lost"
         if not entry["reversible"]:
             irreversible = [operation.describe() for operation in migration.operations if not operation.reversible]
             entry["why"] = f"cannot be reversed: {'; '.join(irreversible)}"
@@ -602,6 +634,9 @@ class Release:
             operation.state_forwards(migration.app_label, after)
             chain.append((operation, state, after))
             state = after
+        done = [each for operation, *states in chain for each in in_database(operation, migration.app_label, *states)]
+        lost = [each for operation, *states in done for each in losses(self.connection, operation, migration.app_label, *states)]
+        entry["why"] = "; ".join(dict.fromkeys(lost)) or "no data is lost"
         sql: list[str] = []
         with self.connection.schema_editor(collect_sql=True, atomic=migration.atomic) as editor:
             name_defaults(editor)
@@ -628,7 +663,7 @@ class Release:
         }
 
     def _sql(self, editor: Any, migration: Any, operation: Any, old: Any, new: Any, *, backwards: bool = False) -> tuple[list[str], str]:
-        """The SQL of one operation, and why it is not known; an operation that is not SQL is not run."""
+        """The SQL of one operation, and why it is not known; what is not SQL, or not of Django, is not run."""
         from django.db.migrations.operations import RunPython
 
         if isinstance(operation, RunPython) or not operation.reduces_to_sql:
@@ -638,6 +673,8 @@ class Release:
             name = code_name(code) if code else type(operation).__name__
             here = router.allow_migrate(self.alias, migration.app_label, **getattr(operation, "hints", {}))
             return ([f"-- Python code: {name}, not shown as SQL"] if here else []), ""
+        if not of_django(operation):
+            return [f"-- {kind_name(operation)}, not shown as SQL"], ""
         seen = len(editor.collected_sql)
         run = operation.database_backwards if backwards else operation.database_forwards
         label = f"{self.alias} {migration.app_label}.{migration.name}"
@@ -671,7 +708,7 @@ def in_database(operation: Any, app: str, before: Any, after: Any) -> list[tuple
     """(operation, picture before, picture after) of what an operation does in the database: its own, or those inside it."""
     from django.db.migrations.operations import SeparateDatabaseAndState
 
-    if not isinstance(operation, SeparateDatabaseAndState):
+    if type(operation) is not SeparateDatabaseAndState:
         return [(operation, before, after)]
     result = []
     for inner in operation.database_operations:
@@ -682,12 +719,12 @@ def in_database(operation: Any, app: str, before: Any, after: Any) -> list[tuple
     return result
 
 
-def losses(operation: Any, app: str, before: Any) -> list[str]:
-    """What is lost when an operation is reversed."""
+def losses(connection: Any, operation: Any, app: str, before: Any, after: Any) -> list[str]:
+    """What is lost when an operation between these two pictures is reversed."""
     from django.db.migrations import operations as kinds
 
-    if isinstance(operation, kinds.SeparateDatabaseAndState):
-        return [each for inner in operation.database_operations for each in losses(inner, app, before)]
+    if not of_django(operation):
+        return [f"what {kind_name(operation)} does to data cannot be judged"]
     if isinstance(operation, kinds.CreateModel):
         return [f"the rows of {app}.{operation.name} are lost"]
     if isinstance(operation, kinds.AddField):
@@ -696,11 +733,27 @@ def losses(operation: Any, app: str, before: Any) -> list[str]:
         return [f"{app}.{operation.model_name}.{operation.name} comes back without its values"]
     if isinstance(operation, kinds.DeleteModel):
         return [f"{app}.{operation.name} comes back without its rows"]
+    if isinstance(operation, kinds.AlterField):
+        return _losses_of_a_change(connection, operation, app, before, after)
     if isinstance(operation, kinds.RunPython) and operation.reverse_code not in (None, kinds.RunPython.noop):
         return [f"what the code of {code_name(operation.reverse_code)} does to data cannot be judged"]
     if isinstance(operation, kinds.RunSQL) and operation.reverse_sql not in (None, kinds.RunSQL.noop):
         return ["what hand-written SQL does to data cannot be judged"]
     return []
+
+
+def _losses_of_a_change(connection: Any, operation: Any, app: str, before: Any, after: Any) -> list[str]:
+    """What is lost when a changed column is changed back."""
+    old, new = (state.apps.get_model(app, operation.model_name)._meta.get_field(operation.name) for state in (before, after))
+    if old.many_to_many or new.many_to_many:
+        return []
+    field, result = f"{app}.{operation.model_name}.{operation.name}", []
+    types = [each.db_parameters(connection)["type"] or "" for each in (old, new)]
+    if not wider(types[1], types[0]):
+        result.append(f"values of {field} that do not fit {types[0]} are cut, rounded or refused")
+    if new.null and not old.null:
+        result.append(f"rows without {field} get its default or are refused")
+    return result
 
 
 def digest_of(pending: list[dict[str, Any]]) -> str:

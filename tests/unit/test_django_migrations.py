@@ -99,6 +99,7 @@ CASES = [
     # operations, reversible, compatible, a part of the reason
     (FILLED, True, False, "inserts of the release before fail: no value for shop_item.note"),
     ('AddField("item", "note", models.TextField(db_default=""))', True, True, "nothing"),
+    ('AddField("item", "note", models.TextField(null=True, db_default="x", unique=True))', True, False, "shop_item.note is unique"),
     ('RemoveField("item", "name")', True, False, "queries of the release before fail: shop_item.name is gone"),
     ('RenameField("item", "name", "title")', True, False, "shop_item.name is called title"),
     ('RenameModel("Item", "Thing")', True, False, "table shop_item has another name"),
@@ -166,13 +167,16 @@ def test_code_is_not_run_by_a_plan(shop: World) -> None:
 
         class Own(migrations.operations.base.Operation):
             def state_forwards(self, app_label, state): pass
-            def database_forwards(self, app_label, editor, before, after): editor.connection.cursor().execute("DELETE FROM shop_item")
+            def database_forwards(self, app_label, editor, before, after): print("Own was run")
             def describe(self): return "Delete all"
     """
     shop.migration("0002_code", "SeparateDatabaseAndState([RunPython(forwards)], []), Own(), RunSQL('SELECT 1')", "0001_initial", code)
-    (entry,) = shop.plan()["pending"]
+    with shop.start("plan", "core") as process:
+        out, _err = process.communicate(timeout=60)
+    assert "Own was run" not in out
+    (entry,) = json.loads(out)["pending"]
     assert entry["sql"][0] == "-- Python code: shop.migrations.0002_code.forwards, not shown as SQL"
-    assert entry["sql"][1].startswith("-- the SQL of 'Delete all' is not known before it runs (cannot execute DELETE in a read-only")
+    assert entry["sql"][1] == "-- the operation Own of shop.migrations.0002_code, not shown as SQL"
     assert entry["sql"][2] == "SELECT 1;"
     assert outcome(entry)[:2] == (False, None)
     shop.run("apply", "core", "--expect", "0" * 64, code=1)
@@ -458,10 +462,28 @@ def test_going_back(shop: World) -> None:
         ("RunPython(RunPython.noop, RunPython.noop), RunSQL('SELECT 1', '')", "no data is lost"),
         ("RunPython(RunPython.noop, forget)", "what the code of shop.migrations.0002_data.forget does to data cannot be judged"),
         ("RunSQL('SELECT 1', 'DELETE FROM shop_item')", "what hand-written SQL does to data cannot be judged"),
+        ("Own()", "what the operation Own of shop.migrations.0002_data does to data cannot be judged"),
+        (
+            "AlterField('item', 'name', models.TextField())",
+            "values of shop.item.name that do not fit varchar(20) are cut, rounded or refused",
+        ),
+        (
+            "SeparateDatabaseAndState([AlterField('item', 'name', models.TextField(null=True))], [])",
+            "values of shop.item.name that do not fit varchar(20) are cut, rounded or refused; "
+            "rows without shop.item.name get its default or are refused",
+        ),
+        ("AlterField('item', 'name', models.CharField(max_length=10))", "no data is lost"),
     ],
 )
 def test_going_back_claims_nothing_of_code_that_it_cannot_judge(shop: World, operation: str, told: str) -> None:
-    shop.migration("0002_data", operation, "0001_initial", more="def forget(apps, editor): pass")
+    more = """
+        def forget(apps, editor): pass
+        class Own(migrations.operations.base.Operation):
+            def state_forwards(self, app_label, state): pass
+            def database_forwards(self, app_label, editor, before, after): pass
+            def database_backwards(self, app_label, editor, before, after): editor.execute("DELETE FROM shop_item")
+    """
+    shop.migration("0002_data", operation, "0001_initial", more)
     shop.run("apply", "core")
     assert shop.run("reversal", "core", "--to", BACK)[0]["pending"][0]["why"] == told
 
@@ -605,3 +627,38 @@ def test_signals_after_migrations_are_sent_again_or_told(server: Path, template:
         start = "core: all migrations are done, but not what Django does after them (lock time-out in 2 tries, the lock is held by pid"
         assert result["why"].startswith(start)
         assert result["why"].endswith("): type python -m django migrate --database core in the environment of this release")
+
+
+NO_LONGER_UNIQUE = [
+    # what makes it unique, what takes that back, which columns
+    (
+        'AddConstraint("item", models.UniqueConstraint(fields=["name", "id"], name="both"))',
+        'RemoveConstraint("item", "both")',
+        "name, id",
+    ),
+    (
+        'AlterField("item", "name", models.CharField(max_length=20, unique=True))',
+        'AlterField("item", "name", models.CharField(max_length=20))',
+        "name",
+    ),
+    (
+        'AlterUniqueTogether("item", {("name", "id")})',
+        'AlterUniqueTogether("item", set())',
+        "name, id",
+    ),
+]
+
+
+def test_what_is_no_longer_unique_may_be_written_by_that(server: Path, tmp_path: Path) -> None:
+    apps = tuple(f"case{number}" for number in range(len(NO_LONGER_UNIQUE)))
+    world = World(tmp_path, server, f"shop_{next(numbers)}", apps)
+    for app, (unique, _back, _columns) in zip(apps, NO_LONGER_UNIQUE, strict=True):
+        world.migration("0001_initial", f"{ITEM}, {unique}", app=app)
+    world.run("apply", "core")
+    for app, (_unique, back, _columns) in zip(apps, NO_LONGER_UNIQUE, strict=True):
+        world.migration("0002_back", back, "0001_initial", app=app)
+    entries = {entry["app"]: outcome(entry) for entry in world.plan()["pending"]}
+    why = "the release before may write with ON CONFLICT on {} of {}_item, which are no longer unique"
+    assert entries == {
+        app: (True, None, why.format(columns, app)) for app, (_unique, _back, columns) in zip(apps, NO_LONGER_UNIQUE, strict=True)
+    }
