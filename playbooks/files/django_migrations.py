@@ -61,6 +61,7 @@ STATEMENTS = tuple(
         (r"REINDEX TABLE CONCURRENTLY NAME", "SHARE UPDATE EXCLUSIVE"),
         (r"REINDEX TABLE NAME", "SHARE"),
         (r"CREATE (?:OR REPLACE )?(?:CONSTRAINT )?TRIGGER .*?\bON NAME", "SHARE ROW EXCLUSIVE"),
+        (rf"DROP TRIGGER (?:IF EXISTS )?{PART} ON NAME", "ACCESS EXCLUSIVE"),
         (r"COMMENT ON TABLE NAME", "SHARE UPDATE EXCLUSIVE"),
         (rf"COMMENT ON COLUMN (?P<name>{PART}(?:\.{PART})?)\.{PART} IS", "SHARE UPDATE EXCLUSIVE"),
         (r"LOCK (?:TABLE )?NAME\s+IN ACCESS EXCLUSIVE MODE", "ACCESS EXCLUSIVE"),
@@ -71,6 +72,9 @@ DROPPED_INDEX = re.compile(rf"DROP INDEX (?P<concurrently>CONCURRENTLY )?(?:IF E
 BUILT_INDEX = re.compile(
     rf"CREATE (?:UNIQUE )?INDEX CONCURRENTLY (?P<unless>IF NOT EXISTS )?(?P<index>{PART}) ON (?:ONLY )?{NAME}", re.IGNORECASE
 )
+DROPPED_PART = re.compile(rf"\bDROP (?:CONSTRAINT |COLUMN )?(?:IF EXISTS )?(?P<part>{PART})", re.IGNORECASE)
+DROPS = re.compile(rf"(?:ALTER|DROP) TABLE (?:IF EXISTS )?(?:ONLY )?{NAME}", re.IGNORECASE)
+REFERRING = re.compile(r"ALTER TABLE|CREATE (?:UNLOGGED )?TABLE", re.IGNORECASE)
 REFERENCE = re.compile(rf"\bREFERENCES {NAME}", re.IGNORECASE)
 #: What PostgreSQL tells of rows, as greedy as can be: a value may hold anything.
 FAILING_ROW = re.compile(r"DETAIL:\s+Failing row contains \(.*\)\.?", re.DOTALL)
@@ -203,17 +207,37 @@ def flat(statement: str) -> str:
 
 
 def locks_of(statement: str) -> list[tuple[str, str]]:
-    """(table, lock) of one statement, as far as its text tells."""
-    text = sqlparse.format(statement, strip_comments=True).strip()
+    """(table, lock) of one statement with single spaces, as far as its text tells."""
     found = []
     for pattern, lock in STATEMENTS:
-        match = pattern.match(text)
+        match = pattern.match(statement)
         if match:
             found.append((bare(match["name"]), lock))
-            if text[:5].upper() == "ALTER":
-                found += [(bare(each["name"]), "SHARE ROW EXCLUSIVE") for each in REFERENCE.finditer(text)]
             break
+    if REFERRING.match(statement):
+        found += [(bare(each["name"]), "SHARE ROW EXCLUSIVE") for each in REFERENCE.finditer(statement)]
     return found
+
+
+def locks_of_dropped_keys(connection: Any, statement: str) -> list[tuple[str, str]]:
+    """The same for the tables at the other end of foreign keys that go with a table, a column or a constraint: triggers on both go, too."""
+    match = DROPS.match(statement)
+    if not match:
+        return []
+    table = [quoted(bare(match["name"]))]
+    keys = "SELECT confrelid::regclass::text, conrelid::regclass::text FROM pg_constraint k WHERE contype = 'f' AND "
+    found = []
+    if statement[:4].upper() == "DROP":
+        found = rows(connection, f"{keys} to_regclass(%s) IN (conrelid, confrelid)", table)
+    for part in (bare(each["part"]) for each in DROPPED_PART.finditer(statement, match.end())):
+        column = "EXISTS (SELECT FROM pg_attribute WHERE attrelid = {0}relid AND attnum = ANY ({0}key) AND attname = %s)"
+        found += rows(
+            connection,
+            f"{keys} (conrelid = to_regclass(%s) AND (conname = %s OR {column.format('con')})"
+            f" OR confrelid = to_regclass(%s) AND {column.format('conf')})",
+            [*table, part, part, *table, part],
+        )
+    return [(bare(each), "ACCESS EXCLUSIVE") for both in found for each in both]
 
 
 def strongest_locks(connection: Any, sql: list[str]) -> list[dict[str, Any]]:
@@ -225,17 +249,10 @@ def strongest_locks(connection: Any, sql: list[str]) -> list[dict[str, Any]]:
             locks[table] = lock
 
     for text in sql:
-        for statement in sqlparse.split(text):
-            for table, lock in locks_of(statement):
+        for statement in map(flat, sqlparse.split(text)):
+            for table, lock in locks_of(statement) + locks_of_dropped_keys(connection, statement):
                 note(table, lock)
-                if statement.lstrip()[:4].upper() == "DROP":  # its foreign keys' triggers on other tables go with it
-                    for (other,) in rows(
-                        connection,
-                        "SELECT DISTINCT confrelid::regclass::text FROM pg_constraint WHERE contype = 'f' AND conrelid = to_regclass(%s)",
-                        [quoted(table)],
-                    ):
-                        note(bare(other), "ACCESS EXCLUSIVE")
-            dropped = DROPPED_INDEX.match(statement.strip())
+            dropped = DROPPED_INDEX.match(statement)
             if dropped:
                 for (table,) in rows(
                     connection,

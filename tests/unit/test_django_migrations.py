@@ -662,3 +662,45 @@ def test_what_is_no_longer_unique_may_be_written_by_that(server: Path, tmp_path:
     assert entries == {
         app: (True, None, why.format(columns, app)) for app, (_unique, _back, columns) in zip(apps, NO_LONGER_UNIQUE, strict=True)
     }
+
+
+LOCKING = [
+    'ALTER TABLE "shop_line" DROP COLUMN "item_id" CASCADE',
+    "ALTER TABLE shop_line\n  DROP CONSTRAINT IF EXISTS to_item",
+    "ALTER TABLE shop_line DROP item_id, ADD y int",
+    "ALTER TABLE shop_line DROP CONSTRAINT few",
+    "ALTER TABLE shop_item DROP COLUMN id CASCADE",
+    "ALTER TABLE\n  shop_item ADD x int",
+    "ALTER TABLE shop_item ALTER name DROP NOT NULL",
+    "DROP TRIGGER IF EXISTS a ON shop_item",
+    "CREATE TABLE y (id bigint, item bigint REFERENCES shop_item)",
+    "CREATE TABLE y (id bigint, item bigint, FOREIGN KEY (item)\nREFERENCES  shop_item (id))",
+    "DROP TABLE shop_line",
+    "DROP TABLE shop_item CASCADE",
+    "DROP  INDEX lines",
+    "CREATE UNIQUE  INDEX x ON shop_item (name)",
+]
+
+
+def test_locks_are_those_that_postgresql_takes(shop: World) -> None:
+    with shop.session() as session:
+        session.execute(
+            "CREATE TABLE shop_line (item_id bigint CONSTRAINT to_item REFERENCES shop_item, x int CONSTRAINT few CHECK (x < 9));"
+            "CREATE INDEX lines ON shop_line (item_id);"
+            "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';"
+            "CREATE TRIGGER a BEFORE INSERT ON shop_item FOR EACH ROW EXECUTE FUNCTION f()"
+        )
+    before = "0001_initial"
+    for number, sql in enumerate(LOCKING):
+        shop.migration(f"1{number:03}_lock", f"RunSQL({sql!r})", before)
+        before = f"1{number:03}_lock"
+    order = ("ShareUpdateExclusiveLock", "ShareLock", "ShareRowExclusiveLock", "AccessExclusiveLock")  # from weak to strong, without reads
+    with shop.session(autocommit=False) as session:
+        for sql, entry in zip(LOCKING, shop.plan()["pending"], strict=True):
+            names = dict(session.execute("SELECT oid, relname FROM pg_class WHERE relname IN ('shop_item', 'shop_line')").fetchall())
+            session.execute(sql)
+            held = session.execute("SELECT relation, mode FROM pg_locks WHERE pid = pg_backend_pid()").fetchall()
+            session.rollback()
+            taken = {names[table]: mode for strength in order for table, mode in held if table in names and mode == strength}
+            told = {each["name"]: each["lock"].title().replace(" ", "") + "Lock" for each in entry["tables"]}
+            assert told == taken, sql
