@@ -704,3 +704,11 @@ def test_locks_are_those_that_postgresql_takes(shop: World) -> None:
             taken = {names[table]: mode for strength in order for table, mode in held if table in names and mode == strength}
             told = {each["name"]: each["lock"].title().replace(" ", "") + "Lock" for each in entry["tables"]}
             assert told == taken, sql
+
+
+def test_a_long_statement_is_planned_and_run(shop: World) -> None:
+    shop.migration(
+        "0002_rows", "RunSQL([(SQL, None)])", "0001_initial", "SQL = 'INSERT INTO shop_item (name) VALUES ' + '(1),' * 5000 + '(2)'"
+    )
+    assert shop.plan()["pending"][0]["tables"] == [{"name": "shop_item", "lock": "ROW EXCLUSIVE", "rows": 1000}]
+    assert shop.run("apply", "core")[0]["outcome"] == "succeeded"
