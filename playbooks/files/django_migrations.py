@@ -29,6 +29,7 @@ import django
 import sqlparse
 from django.db import DatabaseError, InterfaceError, NotSupportedError, connections, router, transaction
 from django.db.backends.signals import connection_created
+from sqlparse import lexer, tokens
 
 ADVISORY_LOCK = (0x65766B6C, 1)  # "evkl": one runner at a time for each database
 TRIED_AGAIN = {"55P03": "lock time-out", "40P01": "deadlock", "40001": "serialisation failure"}
@@ -61,6 +62,7 @@ STATEMENTS = tuple(
         (r"REINDEX TABLE CONCURRENTLY NAME", "SHARE UPDATE EXCLUSIVE"),
         (r"REINDEX TABLE NAME", "SHARE"),
         (r"CREATE (?:OR REPLACE )?(?:CONSTRAINT )?TRIGGER .*?\bON NAME", "SHARE ROW EXCLUSIVE"),
+        (rf"DROP TRIGGER (?:IF EXISTS )?{PART} ON NAME", "ACCESS EXCLUSIVE"),
         (r"COMMENT ON TABLE NAME", "SHARE UPDATE EXCLUSIVE"),
         (rf"COMMENT ON COLUMN (?P<name>{PART}(?:\.{PART})?)\.{PART} IS", "SHARE UPDATE EXCLUSIVE"),
         (r"LOCK (?:TABLE )?NAME\s+IN ACCESS EXCLUSIVE MODE", "ACCESS EXCLUSIVE"),
@@ -68,8 +70,36 @@ STATEMENTS = tuple(
     )
 )
 DROPPED_INDEX = re.compile(rf"DROP INDEX (?P<concurrently>CONCURRENTLY )?(?:IF EXISTS )?{NAME}", re.IGNORECASE)
+BUILT_INDEX = re.compile(
+    rf"CREATE (?:UNIQUE )?INDEX CONCURRENTLY (?P<unless>IF NOT EXISTS )?(?P<index>{PART}) ON (?:ONLY )?{NAME}", re.IGNORECASE
+)
+DROPPED_PART = re.compile(rf"\bDROP (?:CONSTRAINT |COLUMN )?(?:IF EXISTS )?(?P<part>{PART})", re.IGNORECASE)
+DROPS = re.compile(rf"(?:ALTER|DROP) TABLE (?:IF EXISTS )?(?:ONLY )?{NAME}", re.IGNORECASE)
+REFERRING = re.compile(r"ALTER TABLE|CREATE (?:UNLOGGED )?TABLE", re.IGNORECASE)
 REFERENCE = re.compile(rf"\bREFERENCES {NAME}", re.IGNORECASE)
+#: What PostgreSQL tells of rows, as greedy as can be: a value may hold anything.
+FAILING_ROW = re.compile(r"DETAIL:\s+Failing row contains \(.*\)\.?", re.DOTALL)
+FAILING_ROW_IN_ANY_LANGUAGE = re.compile(r"\n\w+:\s+[^\n(]*\(.*\)\.?", re.DOTALL)
+KEY_VALUES = re.compile(r"\)=\(.*\)", re.DOTALL)
+#: Comments, quoted names and string literals of SQL; PostgreSQL may have cut off the end.
+LITERAL = re.compile(
+    r"""--[^\n]*|/\*.*?(?:\*/|\Z)|"[^"]*(?:"|\Z)"""
+    r"""|(?P<value>\be'(?:[^'\\]|\\.|'')*(?:'|\\?\Z)|'(?:[^']|'')*(?:'|\Z)|\$(?P<tag>(?:[^\W\d]\w*)?)\$.*?(?:\$(?P=tag)\$|\Z))""",
+    re.DOTALL | re.IGNORECASE,
+)
 INTEGERS = ("smallint", "integer", "bigint")
+#: Operations of Django that are one statement each; older Djangos lack some.
+ONE_STATEMENT = (
+    "AddIndex",
+    "AddIndexConcurrently",
+    "RemoveIndex",
+    "RemoveIndexConcurrently",
+    "RenameIndex",
+    "AddConstraint",
+    "AddConstraintNotValid",
+    "RemoveConstraint",
+    "ValidateConstraint",
+)
 SERIALS = {"smallserial": "smallint", "serial": "integer", "bigserial": "bigint"}
 
 
@@ -140,8 +170,17 @@ def identify(alias: str, systems: dict[str, str]) -> dict[str, str]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an error says, in one line, without the values of rows: it is printed, and kept in the ledger."""
+    text = FAILING_ROW.sub("", str(error))
+    if sqlstate(error) in ("23502", "23514"):  # null where none may be; a check
+        text = FAILING_ROW_IN_ANY_LANGUAGE.sub("", text)
+    return " ".join(KEY_VALUES.sub(")=(…)", text).split()) or type(error).__name__
+
+
+def without_values(sql: str) -> str:
+    """A statement of anybody's in one line, without what its string literals and comments hold."""
+    text = LITERAL.sub(lambda found: "'…'" if found["value"] else found[0] if found[0].startswith('"') else " ", sql)
+    return " ".join(text.split())
 
 
 def sqlstate(error: BaseException) -> str:
@@ -163,18 +202,44 @@ def bare(name: str) -> str:
     return ".".join(part[1:-1] if part.startswith('"') else part.lower() for part in re.findall(PART, name))
 
 
+def flat(statement: str) -> str:
+    """A statement with single spaces and without comments."""
+    words = (" " if kind in tokens.Comment else text for kind, text in lexer.tokenize(statement))  # format() refuses long ones
+    return " ".join("".join(words).split())
+
+
 def locks_of(statement: str) -> list[tuple[str, str]]:
-    """(table, lock) of one statement, as far as its text tells."""
-    text = sqlparse.format(statement, strip_comments=True).strip()
+    """(table, lock) of one statement with single spaces, as far as its text tells."""
     found = []
     for pattern, lock in STATEMENTS:
-        match = pattern.match(text)
+        match = pattern.match(statement)
         if match:
             found.append((bare(match["name"]), lock))
-            if text[:5].upper() == "ALTER":
-                found += [(bare(each["name"]), "SHARE ROW EXCLUSIVE") for each in REFERENCE.finditer(text)]
             break
+    if REFERRING.match(statement):
+        found += [(bare(each["name"]), "SHARE ROW EXCLUSIVE") for each in REFERENCE.finditer(statement)]
     return found
+
+
+def locks_of_dropped_keys(connection: Any, statement: str) -> list[tuple[str, str]]:
+    """The same for the tables at the other end of foreign keys that go with a table, a column or a constraint: triggers on both go, too."""
+    match = DROPS.match(statement)
+    if not match:
+        return []
+    table = [quoted(bare(match["name"]))]
+    keys = "SELECT confrelid::regclass::text, conrelid::regclass::text FROM pg_constraint k WHERE contype = 'f' AND "
+    found = []
+    if statement[:4].upper() == "DROP":
+        found = rows(connection, f"{keys} to_regclass(%s) IN (conrelid, confrelid)", table)
+    for part in (bare(each["part"]) for each in DROPPED_PART.finditer(statement, match.end())):
+        column = "EXISTS (SELECT FROM pg_attribute WHERE attrelid = {0}relid AND attnum = ANY ({0}key) AND attname = %s)"
+        found += rows(
+            connection,
+            f"{keys} (conrelid = to_regclass(%s) AND (conname = %s OR {column.format('con')})"
+            f" OR confrelid = to_regclass(%s) AND {column.format('conf')})",
+            [*table, part, part, *table, part],
+        )
+    return [(bare(each), "ACCESS EXCLUSIVE") for both in found for each in both]
 
 
 def strongest_locks(connection: Any, sql: list[str]) -> list[dict[str, Any]]:
@@ -186,17 +251,10 @@ def strongest_locks(connection: Any, sql: list[str]) -> list[dict[str, Any]]:
             locks[table] = lock
 
     for text in sql:
-        for statement in sqlparse.split(text):
-            for table, lock in locks_of(statement):
+        for statement in map(flat, sqlparse.split(text)):
+            for table, lock in locks_of(statement) + locks_of_dropped_keys(connection, statement):
                 note(table, lock)
-                if statement.lstrip()[:4].upper() == "DROP":  # its foreign keys' triggers on other tables go with it
-                    for (other,) in rows(
-                        connection,
-                        "SELECT DISTINCT confrelid::regclass::text FROM pg_constraint WHERE contype = 'f' AND conrelid = to_regclass(%s)",
-                        [quoted(table)],
-                    ):
-                        note(bare(other), "ACCESS EXCLUSIVE")
-            dropped = DROPPED_INDEX.match(statement.strip())
+            dropped = DROPPED_INDEX.match(statement)
             if dropped:
                 for (table,) in rows(
                     connection,
@@ -248,20 +306,18 @@ def judge(
     `base`: table to its columns as they were before the first pending migration: what the release before can know, whatever models are
     called since.
     """
-    from django.contrib.postgres import operations as postgres
     from django.db.migrations import operations as kinds
 
     if not base:
         return True, ""  # there is no release before
+    if not of_django(operation):
+        return None, f"what {kind_name(operation)} does cannot be judged"
     if isinstance(operation, kinds.RunPython):
         if operation.code == kinds.RunPython.noop or not router.allow_migrate(editor.connection.alias, app, **operation.hints):
             return True, ""
         return None, f"what the code of {code_name(operation.code)} does to data cannot be judged"
     if isinstance(operation, kinds.RunSQL):
         return (None, "what hand-written SQL does cannot be judged") if sql else (True, "")
-    known = [value for value in (*vars(kinds).values(), *vars(postgres).values()) if isinstance(value, type)]
-    if type(operation) not in known:
-        return None, f"what the operation {type(operation).__name__} of {type(operation).__module__} does cannot be judged"
     if not sql or isinstance(operation, kinds.CreateModel):
         return True, ""
     named = "old_name" if isinstance(operation, kinds.RenameModel) else "model_name" if hasattr(operation, "model_name") else "name"
@@ -276,17 +332,23 @@ def _judge_known(
 ) -> tuple[bool | None, str]:
     """The same for an operation of Django on a table that the release before knows."""
     from django.db.migrations import operations as kinds
+    from django.db.models import UniqueConstraint
 
     def table(state: Any) -> str:
         return str(state.apps.get_model(app, model)._meta.db_table)
 
+    def columns(state: Any, fields: Any) -> list[str]:
+        return [state.apps.get_model(app, model)._meta.get_field(each).column for each in fields]
+
     if isinstance(operation, kinds.AddField):
         field = after.apps.get_model(app, model)._meta.get_field(operation.name)
-        if field.many_to_many or field.null or getattr(field, "generated", False):
+        if field.many_to_many or getattr(field, "generated", False):
             return True, ""
         if has_database_default(field):
             again = f"the second insert of the release before fails: {table(after)}.{field.column} is unique"
             return (False, again) if field.unique else (True, "")
+        if field.null:
+            return True, ""
         return False, f"inserts of the release before fail: no value for {table(after)}.{field.column}"
     if isinstance(operation, kinds.AlterField | kinds.RemoveField | kinds.RenameField):
         name = operation.old_name if isinstance(operation, kinds.RenameField) else operation.name
@@ -298,7 +360,9 @@ def _judge_known(
         if isinstance(operation, kinds.AlterField):
             new = after.apps.get_model(app, model)._meta.get_field(name)
             narrower = narrowing(editor.connection, old, new)
-            return (False, f"{table(after)}.{new.column} {narrower}") if narrower else (True, "")
+            if narrower:
+                return False, f"{table(after)}.{new.column} {narrower}"
+            return no_longer_unique(table(after), [[old.column]] if old.unique and not new.unique else [], base)
         what = "is gone" if isinstance(operation, kinds.RemoveField) else f"is called {operation.new_name}"
         return False, f"queries of the release before fail: {table(before)}.{old.column or name} {what}"
     if isinstance(operation, kinds.DeleteModel):
@@ -310,11 +374,18 @@ def _judge_known(
     if isinstance(operation, kinds.AddConstraint):
         return False, f"the release before may write rows that the constraint {operation.constraint.name} on {table(after)} refuses"
     if isinstance(operation, kinds.AlterUniqueTogether):
-        old = set(before.models[app, model].options.get("unique_together") or ())
-        added = {tuple(each) for each in operation.option_value or ()} - {tuple(each) for each in old}
-        if added:
+        old = {tuple(each) for each in before.models[app, model].options.get("unique_together") or ()}
+        new = {tuple(each) for each in operation.option_value or ()}
+        if new - old:
             return False, f"the release before may write rows that the new unique columns of {table(after)} refuse"
-        return True, ""
+        return no_longer_unique(table(after), [columns(before, each) for each in sorted(old - new)], base)
+    if isinstance(operation, kinds.RemoveConstraint):
+        constraint = before.models[app, model].get_constraint_by_name(operation.name)
+        if not isinstance(constraint, UniqueConstraint):
+            return True, ""
+        if not constraint.fields:
+            return None, f"the release before may write with ON CONFLICT on what {operation.name} on {table(after)} made unique"
+        return no_longer_unique(table(after), [columns(before, constraint.fields)], base)
     if isinstance(operation, kinds.AlterOrderWithRespectTo):
         if operation.option_value:
             return False, f"inserts of the release before fail: no value for {table(after)}._order"
@@ -322,6 +393,14 @@ def _judge_known(
     if type(operation).__name__ == "RemoveCollation":
         return None, "whether the release before uses the collation cannot be told"
     return True, ""  # indexes, extensions, comments, what relaxes
+
+
+def no_longer_unique(table: str, groups: list[list[str]], base: dict[str, set[str]]) -> tuple[bool | None, str]:
+    """What it means that these groups of columns may hold the same values twice: INSERT … ON CONFLICT (columns) fails."""
+    known = [", ".join(columns) for columns in groups if base.get(table, set()).issuperset(columns)]
+    if not known:
+        return True, ""
+    return None, f"the release before may write with ON CONFLICT on {' and on '.join(known)} of {table}, which are no longer unique"
 
 
 def columns_of(state: Any) -> dict[str, set[str]]:
@@ -387,6 +466,19 @@ def wider(old: str, new: str) -> bool:
     if all(numbers):
         return numbers[0][2] == numbers[1][2] and int(numbers[0][1]) <= int(numbers[1][1])  # type: ignore[index]
     return False
+
+
+def of_django(operation: Any) -> bool:
+    """Whether an operation is one of Django's own, not one that inherits from it."""
+    from django.contrib.postgres import operations as postgres
+    from django.db.migrations import operations as kinds
+
+    return any(type(operation) is value for value in (*vars(kinds).values(), *vars(postgres).values()))
+
+
+def kind_name(operation: Any) -> str:
+    """What a person finds the class of an operation by."""
+    return f"the operation {type(operation).__name__} of {type(operation).__module__}"
 
 
 def code_name(code: Any) -> str:
@@ -551,8 +643,6 @@ class Release:
         entry = self._entry(migration, [])
         entry["backwards"] = True
         entry["compatible"] = None
-        lost = [each for operation in migration.operations for each in losses(operation, migration.app_label, state)]
-        entry["why"] = "; ".join(dict.fromkeys(lost)) or "no data is lost"
         if not entry["reversible"]:
             irreversible = [operation.describe() for operation in migration.operations if not operation.reversible]
             entry["why"] = f"cannot be reversed: {'; '.join(irreversible)}"
@@ -563,6 +653,9 @@ class Release:
             operation.state_forwards(migration.app_label, after)
             chain.append((operation, state, after))
             state = after
+        done = [each for operation, *states in chain for each in in_database(operation, migration.app_label, *states)]
+        lost = [each for operation, *states in done for each in losses(self.connection, operation, migration.app_label, *states)]
+        entry["why"] = "; ".join(dict.fromkeys(lost)) or "no data is lost"
         sql: list[str] = []
         with self.connection.schema_editor(collect_sql=True, atomic=migration.atomic) as editor:
             name_defaults(editor)
@@ -589,7 +682,7 @@ class Release:
         }
 
     def _sql(self, editor: Any, migration: Any, operation: Any, old: Any, new: Any, *, backwards: bool = False) -> tuple[list[str], str]:
-        """The SQL of one operation, and why it is not known; an operation that is not SQL is not run."""
+        """The SQL of one operation, and why it is not known; what is not SQL, or not of Django, is not run."""
         from django.db.migrations.operations import RunPython
 
         if isinstance(operation, RunPython) or not operation.reduces_to_sql:
@@ -599,6 +692,8 @@ class Release:
             name = code_name(code) if code else type(operation).__name__
             here = router.allow_migrate(self.alias, migration.app_label, **getattr(operation, "hints", {}))
             return ([f"-- Python code: {name}, not shown as SQL"] if here else []), ""
+        if not of_django(operation):
+            return [f"-- {kind_name(operation)}, not shown as SQL"], ""
         seen = len(editor.collected_sql)
         run = operation.database_backwards if backwards else operation.database_forwards
         label = f"{self.alias} {migration.app_label}.{migration.name}"
@@ -632,7 +727,7 @@ def in_database(operation: Any, app: str, before: Any, after: Any) -> list[tuple
     """(operation, picture before, picture after) of what an operation does in the database: its own, or those inside it."""
     from django.db.migrations.operations import SeparateDatabaseAndState
 
-    if not isinstance(operation, SeparateDatabaseAndState):
+    if type(operation) is not SeparateDatabaseAndState:
         return [(operation, before, after)]
     result = []
     for inner in operation.database_operations:
@@ -643,12 +738,12 @@ def in_database(operation: Any, app: str, before: Any, after: Any) -> list[tuple
     return result
 
 
-def losses(operation: Any, app: str, before: Any) -> list[str]:
-    """What is lost when an operation is reversed."""
+def losses(connection: Any, operation: Any, app: str, before: Any, after: Any) -> list[str]:
+    """What is lost when an operation between these two pictures is reversed."""
     from django.db.migrations import operations as kinds
 
-    if isinstance(operation, kinds.SeparateDatabaseAndState):
-        return [each for inner in operation.database_operations for each in losses(inner, app, before)]
+    if not of_django(operation):
+        return [f"what {kind_name(operation)} does to data cannot be judged"]
     if isinstance(operation, kinds.CreateModel):
         return [f"the rows of {app}.{operation.name} are lost"]
     if isinstance(operation, kinds.AddField):
@@ -657,11 +752,27 @@ def losses(operation: Any, app: str, before: Any) -> list[str]:
         return [f"{app}.{operation.model_name}.{operation.name} comes back without its values"]
     if isinstance(operation, kinds.DeleteModel):
         return [f"{app}.{operation.name} comes back without its rows"]
+    if isinstance(operation, kinds.AlterField):
+        return _losses_of_a_change(connection, operation, app, before, after)
     if isinstance(operation, kinds.RunPython) and operation.reverse_code not in (None, kinds.RunPython.noop):
         return [f"what the code of {code_name(operation.reverse_code)} does to data cannot be judged"]
     if isinstance(operation, kinds.RunSQL) and operation.reverse_sql not in (None, kinds.RunSQL.noop):
         return ["what hand-written SQL does to data cannot be judged"]
     return []
+
+
+def _losses_of_a_change(connection: Any, operation: Any, app: str, before: Any, after: Any) -> list[str]:
+    """What is lost when a changed column is changed back."""
+    old, new = (state.apps.get_model(app, operation.model_name)._meta.get_field(operation.name) for state in (before, after))
+    if old.many_to_many or new.many_to_many:
+        return []
+    field, result = f"{app}.{operation.model_name}.{operation.name}", []
+    types = [each.db_parameters(connection)["type"] or "" for each in (old, new)]
+    if not wider(types[1], types[0]):
+        result.append(f"values of {field} that do not fit {types[0]} are cut, rounded or refused")
+    if new.null and not old.null:
+        result.append(f"rows without {field} get its default or are refused")
+    return result
 
 
 def digest_of(pending: list[dict[str, Any]]) -> str:
@@ -745,13 +856,13 @@ class Guard:
 
     def _watch(self) -> None:
         query = (
-            "SELECT pid, state, coalesce(host(client_addr), 'this host'), left(regexp_replace(query, '\\s+', ' ', 'g'), 80) "
+            "SELECT pid, state, coalesce(host(client_addr), 'this host'), query "
             "FROM pg_stat_activity WHERE pid = ANY(pg_blocking_pids(%s)) ORDER BY xact_start LIMIT 1"
         )
         while not self._end.wait(0.2):
             try:
                 for pid, doing, address, text in rows(self.connection, query, [self._watched]) if self._watched else []:
-                    self.holder = f"pid {pid} from {address} ({doing}: {text})" if doing else f"pid {pid}"
+                    self.holder = f"pid {pid} from {address} ({doing}: {without_values(text)[:80]})" if doing else f"pid {pid}"
             except Exception:  # it is about a hint only; a lost server is seen by who works with it
                 return
 
@@ -772,6 +883,7 @@ class Runner:
         self.partial: list[dict[str, Any]] = []
         self.total = 0
         self.stopped_at = ""
+        self.attempt = 0
 
     def run(self, release: Release, guard: Guard, steps: list[tuple[Any, bool]], *, going_back: bool) -> None:
         """Run the steps of one database, with the signals that Django's migrate sends."""
@@ -789,89 +901,190 @@ class Runner:
         states = release.states_before([migration for migration, _ in steps]) if going_back else {}
         for migration, _ in steps:
             if going_back:
-                self._step(release, guard, migration, lambda each=migration: executor.unapply_migration(states[each], each))
+                self._step(
+                    release, guard, migration, lambda each=migration: executor.unapply_migration(states[each], each), going_back=True
+                )
             else:
-                state = self._step(release, guard, migration, lambda each=migration, now=state: executor.apply_migration(now.clone(), each))
+                apply = lambda each=migration, now=state: executor.apply_migration(now.clone(), each)  # noqa: E731
+                state = self._step(release, guard, migration, apply, going_back=False)
         self.stopped_at = f"{alias}: the signals after migrations"
-        if going_back:
-            emit_post_migrate_signal(**silent, db=alias, apps=Release(alias).state().apps, plan=steps)
-        else:
-            call_command("migrate", **silent, database=alias, skip_checks=True)  # nothing is pending: what Django does at its end
+
+        def finish() -> None:
+            if going_back:
+                emit_post_migrate_signal(**silent, db=alias, apps=Release(alias).state().apps, plan=steps)
+            else:
+                call_command("migrate", **silent, database=alias, skip_checks=True)  # nothing is pending: what Django does at its end
+
+        try:
+            self._patiently(release, guard, "the signals after migrations", finish, self.tries)
+        except Exception as error:  # the next plan is empty, so no next run would do it
+            where = "of the release that this went back to" if going_back else "of this release"
+            text = f"{alias}: all migrations are {'reversed' if going_back else 'done'}, but not what Django does after them"
+            command = f"python -m django migrate --database {alias} in the environment {where}"
+            raise Refused(f"{text} ({self._what(error, guard)}): type {command}") from error
+        if not going_back:
             run = {(entry["app"], entry["name"]) for entry in self.done if entry["database"] == alias}
             for app, name in release.applied():
                 if (app, name) not in before | run:  # a squash of what was applied before, or what is replaced by one that ran
                     self.done.append({"database": alias, "app": app, "name": name, "seconds": 0.0, "recorded": True})
         self.stopped_at = ""
 
-    def _step(self, release: Release, guard: Guard, migration: Any, act: Any) -> Any:
+    def _step(self, release: Release, guard: Guard, migration: Any, act: Any, *, going_back: bool) -> Any:
         """One migration, again after a lock time-out, unless some of it would stay."""
-        name = f"{migration.app_label}.{migration.name}"
+        connection, name = release.connection, f"{migration.app_label}.{migration.name}"
         self.stopped_at = name
         undone = migration.atomic or all_or_nothing(migration)
         self.partial = [] if undone else [{"database": release.alias, "app": migration.app_label, "name": migration.name}]
-        for attempt in range(1, self.tries + 1):
-            guard.watch(release.connection)
-            [(limit,)] = rows(release.connection, "SELECT current_setting('lock_timeout')")
-            rows_set(release.connection, "application_name", f"evenkeel migrate {name}"[:63])
+        built, alone = concurrent_work(migration, going_back=going_back)
+        refuse_invalid_indexes(connection, migration, built)
+        limits = [(each, rows(connection, "SELECT current_setting(%s)", [each])[0][0]) for each in ("lock_timeout", "statement_timeout")]
+
+        def try_once() -> tuple[Any, float]:
+            rows_set(connection, "application_name", f"evenkeel migrate {name}"[:63])
             started = time.monotonic()
             try:
-                prepare_concurrent(release.connection, migration)
-                result = act()
+                prepare_concurrent(connection, built, alone=alone)
+                return act(), round(time.monotonic() - started, 3)
+            finally:
+                for limit in limits:  # the migration may have set its own, too
+                    rows_set(connection, *limit)
+
+        try:
+            result, seconds = self._patiently(release, guard, name, try_once, self.tries if undone else 1)
+        except Exception as error:  # the database's, or the application's own code
+            raise Refused(self._why(connection, name, built, error, guard)) from error
+        say(f"{release.alias} {name} … {seconds:.1f} s")
+        self.done.append({"database": release.alias, "app": migration.app_label, "name": migration.name, "seconds": seconds})
+        self.partial = []
+        return result
+
+    def _patiently(self, release: Release, guard: Guard, name: str, act: Any, tries: int) -> Any:
+        """Do it, again after a lock time-out and the like."""
+        for attempt in range(1, tries + 1):
+            self.attempt = attempt
+            guard.watch(release.connection)
+            try:
+                return act()
             except DatabaseError as error:
                 reason = TRIED_AGAIN.get(sqlstate(error), "")
-                if not reason or not undone or attempt == self.tries:
-                    raise Refused(self._why(release.alias, name, migration, error, guard, attempt)) from error
-                pause = min(PAUSE_LIMIT_SECONDS, 2 ** (attempt - 1)) * random.uniform(0.75, 1.25)
-                held = f"waits for a lock held by {guard.holder}" if guard.holder else f"was stopped by a {reason}"
-                say(f"{release.alias} {name} {held}, try {attempt + 1} of {self.tries} in {pause:.0f} s")
-                time.sleep(pause)
-                continue
-            except Exception as error:  # the application's own code
-                raise Refused(self._why(release.alias, name, migration, error, guard, attempt)) from error
-            finally:
-                rows_set(release.connection, "lock_timeout", limit)
-            seconds = round(time.monotonic() - started, 3)
-            say(f"{release.alias} {name} … {seconds:.1f} s")
-            self.done.append({"database": release.alias, "app": migration.app_label, "name": migration.name, "seconds": seconds})
-            self.partial = []
-            return result
+                if not reason or attempt == tries:
+                    raise
+            pause = min(PAUSE_LIMIT_SECONDS, 2 ** (attempt - 1)) * random.uniform(0.75, 1.25)
+            held = f"waits for a lock held by {guard.holder}" if guard.holder else f"was stopped by a {reason}"
+            say(f"{release.alias} {name} {held}, try {attempt + 1} of {tries} in {pause:.0f} s")
+            time.sleep(pause)
         raise AssertionError("the loop returns or raises")
 
-    def _why(self, alias: str, name: str, migration: Any, error: Exception, guard: Guard, attempt: int) -> str:
-        """One sentence or two: what failed, what stayed, what the next run does."""
+    def _what(self, error: Exception, guard: Guard) -> str:
+        """What failed, for people."""
         state = sqlstate(error)
-        text = f"{type(error).__name__}: {one_line(error)}" if not isinstance(error, DatabaseError) else one_line(error)
         if state in TRIED_AGAIN:
-            text = f"{TRIED_AGAIN[state]} in {attempt} {'try' if attempt == 1 else 'tries'}"
-            text += f", the lock is held by {guard.holder}" if guard.holder else ""
-        elif state == CANCELED:
-            text = f"it took longer than the {self.statement_timeout_seconds:.0f} s of the statement time-out"
-        stays = "nothing of it stays" if migration.atomic else "it is not atomic, so what it did before the error stays"
+            held = f", the lock is held by {guard.holder}" if guard.holder else ""
+            return f"{TRIED_AGAIN[state]} in {self.attempt} {'try' if self.attempt == 1 else 'tries'}{held}"
+        if state == CANCELED:
+            return f"it took longer than the {self.statement_timeout_seconds:.0f} s of the statement time-out"
+        return one_line(error) if isinstance(error, DatabaseError | Refused) else f"{type(error).__name__}: {one_line(error)}"
+
+    def _why(self, connection: Any, name: str, built: dict[str, bool], error: Exception, guard: Guard) -> str:
+        """One sentence or two: what failed, what stayed, what the next run does."""
+        stays = "it is not atomic, so what it did before the error stays" if self.partial else "nothing of it stays"
+        with suppress(DatabaseError, InterfaceError):  # a lost session tells nothing
+            found = [(*index_found(connection, index), once) for index, once in built.items()]
+            broken = ", ".join(index for index, valid, _once in found if index and not valid)
+            if broken and not isinstance(error, Refused):
+                stays = f"{stays}, also" if self.partial else "all that stays is"
+                stays += f" the invalid index {broken}, which the next run drops"
+            again = "; ".join(f"DROP INDEX CONCURRENTLY {index}" for index, valid, once in found if valid and once)
+            if again:
+                stays += f"; it would build again what is there; when an earlier try built it, type first: {again}"
         done = len([entry for entry in self.done if not entry.get("recorded")])
-        return f"{alias} {name}: {text}; {stays}. {done} of {self.total} migrations are done; the next run continues with this one"
+        text = f"{connection.alias} {name}: {self._what(error, guard)}; {stays}"
+        return f"{text}. {done} of {self.total} migrations are done; the next run continues with this one"
 
 
-def prepare_concurrent(connection: Any, migration: Any) -> None:
+def in_the_end(operations: Any) -> list[Any]:
+    """Operations as they reach the database: those inside SeparateDatabaseAndState instead of it."""
+    from django.db.migrations import SeparateDatabaseAndState
+
+    result = []
+    for operation in operations:
+        result += in_the_end(operation.database_operations) if type(operation) is SeparateDatabaseAndState else [operation]
+    return result
+
+
+def statements_of(sql: Any) -> list[str]:
+    """The statements of a RunSQL: a text, or a list of texts and of (text, parameters)."""
+    texts = [sql] if isinstance(sql, str) else [each if isinstance(each, str) else each[0] for each in sql or ()]
+    return [flat(statement) for text in texts for statement in sqlparse.split(text)]
+
+
+def concurrent_work(migration: Any, *, going_back: bool) -> tuple[dict[str, bool], bool]:
+    """The indexes that a migration builds beside the traffic, each with whether a second build fails; whether such work is all it does."""
+    from django.contrib.postgres.operations import AddIndexConcurrently, RemoveIndexConcurrently
+    from django.db.migrations import RunSQL
+
+    built: dict[str, bool] = {}
+    kinds = set()
+    for operation in in_the_end(migration.operations):
+        if isinstance(operation, RunSQL):
+            for statement in statements_of(operation.reverse_sql if going_back else operation.sql):
+                found = BUILT_INDEX.match(statement)
+                if found:
+                    schema = bare(found["name"]).rpartition(".")[0]
+                    built[f"{schema}.{bare(found['index'])}".lstrip(".")] = not found["unless"]
+                dropped = DROPPED_INDEX.match(statement)
+                concurrent = found or (dropped and dropped["concurrently"])
+                setting = re.match(r"(SET|RESET)\b", statement, re.IGNORECASE)
+                kinds |= {"concurrent"} if concurrent else set() if setting else {"other"}
+            continue
+        if isinstance(operation, RemoveIndexConcurrently if going_back else AddIndexConcurrently):
+            built[operation.name if going_back else operation.index.name] = True
+        kinds.add("concurrent" if type(operation) in (AddIndexConcurrently, RemoveIndexConcurrently) else "other")
+    return built, kinds == {"concurrent"}
+
+
+def index_found(connection: Any, name: str) -> tuple[str, bool]:
+    """An index as SQL names it, and whether it is valid; ("", False) when there is none."""
+    found = rows(
+        connection, "SELECT indexrelid::regclass::text, indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)", [quoted(name)]
+    )
+    return found[0] if found else ("", False)
+
+
+def prepare_concurrent(connection: Any, built: dict[str, bool], *, alone: bool) -> None:
     """Before an index is built or dropped beside the traffic: wait for locks without end, and drop what a broken try left.
 
     Such work waits for running transactions without holding anybody up, and a time-out would leave an invalid index. The statement
     time-out still ends it. What else the migration does holds others up, so with it the time-out stays.
     """
-    kinds = [type(operation).__name__ for operation in migration.operations]
-    concurrent = {"AddIndexConcurrently", "RemoveIndexConcurrently"} & set(kinds)
-    if not concurrent:
-        return
-    if concurrent == set(kinds):
+    if alone:
         rows_set(connection, "lock_timeout", "0")
-    for operation in (each for each, kind in zip(migration.operations, kinds, strict=True) if kind == "AddIndexConcurrently"):
-        for (name,) in rows(
-            connection,
-            "SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid AND indexrelid = to_regclass(%s)",
-            [quoted(operation.index.name)],
-        ):
+    for index in built:
+        name, valid = index_found(connection, index)
+        if name and not valid:
             say(f"drops the invalid index {name}, which a broken run left")
             with connection.cursor() as cursor:
                 cursor.execute(f"DROP INDEX CONCURRENTLY {name}")
+
+
+def refuse_invalid_indexes(connection: Any, migration: Any, built: dict[str, bool]) -> None:
+    """Let a migration fail, before Django records it, when an index that it builds is invalid in the end."""
+    if not built:
+        return
+
+    def checked(work: Any) -> Any:
+        def work_and_look(*what: Any, **more: Any) -> Any:
+            result = work(*what, **more)
+            for index in built:
+                name, valid = index_found(connection, index)
+                if name and not valid:
+                    drop = f"type DROP INDEX CONCURRENTLY {name} and deploy again"
+                    raise Refused(f"the index {name} is still invalid, so no query uses it: {drop}")
+            return result
+
+        return work_and_look
+
+    migration.apply, migration.unapply = checked(migration.apply), checked(migration.unapply)
 
 
 def rows_set(connection: Any, name: str, value: str) -> None:
@@ -935,9 +1148,16 @@ def run(options: argparse.Namespace, to: dict[str, dict[str, str]] | None) -> di
 
 def all_or_nothing(migration: Any) -> bool:
     """Whether a migration without a transaction has one operation that is one statement, or has a transaction of its own."""
-    alone = migration.operations[0] if len(migration.operations) == 1 else None
-    code = type(alone).__name__ in ("RunPython", "RunSQL", "SeparateDatabaseAndState")
-    return bool(alone) and (not code or bool(getattr(alone, "atomic", False)))
+    from django.contrib.postgres import operations as postgres
+    from django.db.migrations import operations as kinds
+
+    operations = in_the_end(migration.operations)
+    if len(operations) != 1:
+        return False
+    kind = type(operations[0])
+    if kind is kinds.RunPython:
+        return operations[0].atomic is True
+    return any(kind is getattr(module, name, None) for module in (kinds, postgres) for name in ONE_STATEMENT)  # not what inherits from it
 
 
 def reversible(migration: Any) -> bool:

@@ -99,6 +99,7 @@ CASES = [
     # operations, reversible, compatible, a part of the reason
     (FILLED, True, False, "inserts of the release before fail: no value for shop_item.note"),
     ('AddField("item", "note", models.TextField(db_default=""))', True, True, "nothing"),
+    ('AddField("item", "note", models.TextField(null=True, db_default="x", unique=True))', True, False, "shop_item.note is unique"),
     ('RemoveField("item", "name")', True, False, "queries of the release before fail: shop_item.name is gone"),
     ('RenameField("item", "name", "title")', True, False, "shop_item.name is called title"),
     ('RenameModel("Item", "Thing")', True, False, "table shop_item has another name"),
@@ -166,13 +167,16 @@ def test_code_is_not_run_by_a_plan(shop: World) -> None:
 
         class Own(migrations.operations.base.Operation):
             def state_forwards(self, app_label, state): pass
-            def database_forwards(self, app_label, editor, before, after): editor.connection.cursor().execute("DELETE FROM shop_item")
+            def database_forwards(self, app_label, editor, before, after): print("Own was run")
             def describe(self): return "Delete all"
     """
     shop.migration("0002_code", "SeparateDatabaseAndState([RunPython(forwards)], []), Own(), RunSQL('SELECT 1')", "0001_initial", code)
-    (entry,) = shop.plan()["pending"]
+    with shop.start("plan", "core") as process:
+        out, _err = process.communicate(timeout=60)
+    assert "Own was run" not in out
+    (entry,) = json.loads(out)["pending"]
     assert entry["sql"][0] == "-- Python code: shop.migrations.0002_code.forwards, not shown as SQL"
-    assert entry["sql"][1].startswith("-- the SQL of 'Delete all' is not known before it runs (cannot execute DELETE in a read-only")
+    assert entry["sql"][1] == "-- the operation Own of shop.migrations.0002_code, not shown as SQL"
     assert entry["sql"][2] == "SELECT 1;"
     assert outcome(entry)[:2] == (False, None)
     shop.run("apply", "core", "--expect", "0" * 64, code=1)
@@ -298,16 +302,25 @@ def test_one_runner_at_a_time(shop: World) -> None:
     )
 
 
-def test_concurrent_index_is_built_again_after_a_broken_try(shop: World) -> None:
-    more = """
-        from django.contrib.postgres.operations import AddIndexConcurrently
-        migrations.Migration.atomic = False
-    """
-    shop.migration("0002_index", "AddIndexConcurrently('item', models.Index(fields=['name'], name='by_name'))", "0001_initial", more)
+CONCURRENTLY = """
+    from django.contrib.postgres.operations import AddIndexConcurrently
+    migrations.Migration.atomic = False
+"""
+IDIOM = "CREATE INDEX CONCURRENTLY IF NOT EXISTS\n by_name ON shop_item (name)"
+NAMED = "AddIndexConcurrently('item', models.Index(fields=['name'], name='by_name'))"
+
+
+def break_index(shop: World) -> None:
+    """Leave an index as a broken try does."""
     with shop.session() as session:
         session.execute("CREATE INDEX by_name ON shop_item (name)")
     with shop.session(user="super") as session:
         session.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'by_name'::regclass")
+
+
+def test_concurrent_index_is_built_again_after_a_broken_try(shop: World) -> None:
+    shop.migration("0002_index", NAMED, "0001_initial", CONCURRENTLY)
+    break_index(shop)
     (entry,) = shop.plan()["pending"]
     assert entry["tables"][0]["lock"] == "SHARE UPDATE EXCLUSIVE"
     with shop.session(autocommit=False) as holder:  # whom it waits for longer than the lock time-out
@@ -320,6 +333,92 @@ def test_concurrent_index_is_built_again_after_a_broken_try(shop: World) -> None
     assert "drops the invalid index by_name" in err
     assert "try 2" not in err
     assert shop.rows("SELECT indisvalid FROM pg_index WHERE indexrelid = 'by_name'::regclass") == [(True,)]
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        f"RunSQL({IDIOM!r}, state_operations=[AddIndex('item', models.Index(fields=['name'], name='by_name'))])",
+        f"RunSQL(['SET statement_timeout = 0', ({IDIOM!r}, None)])",
+        f"SeparateDatabaseAndState([{NAMED}], [])",
+        f"SeparateDatabaseAndState([RunSQL({IDIOM.replace('shop_item', 'public.shop_item')!r})], [])",
+    ],
+)
+def test_concurrent_index_written_in_another_way_is_built_again_too(shop: World, operation: str) -> None:
+    shop.migration("0002_index", operation, "0001_initial", CONCURRENTLY)
+    break_index(shop)
+    with shop.session(autocommit=False) as holder:  # whom it waits for longer than the lock time-out
+        holder.execute("INSERT INTO shop_item (name) VALUES ('x')")
+        process = shop.start("apply", "core", *QUICK)
+        time.sleep(1.5)
+        holder.commit()
+    out, err = process.communicate(timeout=30)
+    assert json.loads(out)["outcome"] == "succeeded", err + out
+    assert "drops the invalid index by_name" in err
+    assert shop.rows("SELECT indisvalid FROM pg_index WHERE indexrelid = 'by_name'::regclass") == [(True,)]
+
+
+def test_a_migration_that_leaves_an_invalid_index_does_not_succeed(shop: World) -> None:
+    more = f"""{CONCURRENTLY}
+    def spoil(apps, editor):
+        import psycopg
+        with psycopg.connect(host="{shop.server}", user="super", dbname="{shop.name}") as session:
+            session.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'by_name'::regclass")
+    """
+    shop.migration("0002_index", f"RunSQL({IDIOM!r}), RunPython(spoil)", "0001_initial", more)
+    result, _told = shop.run("apply", "core", code=1)
+    assert "the index by_name is still invalid, so no query uses it: type DROP INDEX CONCURRENTLY by_name and deploy again" in result["why"]
+    assert [entry["name"] for entry in shop.plan()["pending"]] == ["0002_index"], "or it would never be built"
+
+
+def test_two_concurrent_indexes_of_which_one_is_there_say_what_to_drop(shop: World) -> None:
+    more = NAMED.replace("by_name", "by_id").replace("['name']", "['id']")
+    shop.migration("0002_index", f"{NAMED}, {more}", "0001_initial", CONCURRENTLY)
+    with shop.session() as session:
+        session.execute("CREATE INDEX by_name ON shop_item (name)")
+    result, _told = shop.run("apply", "core", code=1)
+    assert 'relation "by_name" already exists' in result["why"]
+    assert (
+        "it would build again what is there; when an earlier try built it, type first: DROP INDEX CONCURRENTLY by_name. 0" in result["why"]
+    )
+    with shop.session() as session:
+        session.execute('DROP INDEX CONCURRENTLY "by_name"')
+    assert shop.run("apply", "core")[0]["outcome"] == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("operation", "again"),
+    [
+        ("AddIndex('item', models.Index(fields=['name'], name='by_name'))", True),
+        ("SeparateDatabaseAndState([AddIndex('item', models.Index(fields=['name'], name='by_name'))], [])", True),
+        ("RunPython(alter, atomic=True)", True),
+        ("RunPython(alter)", False),
+        ("Alter(alter, atomic=True)", False),
+        ("RunSQL('CREATE TABLE y (); ALTER TABLE shop_item ADD x int')", False),
+        ("AddField('item', 'note', models.TextField(db_default='x'))", False),
+    ],
+)
+def test_what_is_not_atomic_is_tried_again_only_when_nothing_of_it_can_stay(shop: World, operation: str, again: bool) -> None:
+    more = """
+        migrations.Migration.atomic = False
+        class Alter(RunPython): pass
+        def alter(apps, editor):
+            editor.execute("ALTER TABLE shop_item ADD x int")
+    """
+    shop.migration("0002_alter", operation, "0001_initial", more)
+    with shop.session(autocommit=False) as holder:
+        holder.execute("INSERT INTO shop_item (name) VALUES ('x')")
+        result, _told = shop.run("apply", "core", *QUICK, "--tries", "2", code=1)
+    assert f"lock time-out in {'2 tries' if again else '1 try'}" in result["why"]
+    assert ("nothing of it stays" if again else "it is not atomic, so what it did before the error stays") in result["why"]
+    assert bool(result["partial"]) is not again
+
+
+def test_a_migrations_own_time_out_ends_with_it(shop: World) -> None:
+    shop.migration("0002_set", "RunSQL('SET statement_timeout = 0; SET lock_timeout = 0')", "0001_initial")
+    shop.migration("0003_slow", "RunSQL('SELECT pg_sleep(5)')", "0002_set")
+    result, _told = shop.run("apply", "core", "--statement-timeout-seconds", "0.5", code=1)
+    assert result["stopped_at"] == "shop.0003_slow"
 
 
 def test_older_release_sees_what_it_does_not_know(shop: World) -> None:
@@ -363,10 +462,28 @@ def test_going_back(shop: World) -> None:
         ("RunPython(RunPython.noop, RunPython.noop), RunSQL('SELECT 1', '')", "no data is lost"),
         ("RunPython(RunPython.noop, forget)", "what the code of shop.migrations.0002_data.forget does to data cannot be judged"),
         ("RunSQL('SELECT 1', 'DELETE FROM shop_item')", "what hand-written SQL does to data cannot be judged"),
+        ("Own()", "what the operation Own of shop.migrations.0002_data does to data cannot be judged"),
+        (
+            "AlterField('item', 'name', models.TextField())",
+            "values of shop.item.name that do not fit varchar(20) are cut, rounded or refused",
+        ),
+        (
+            "SeparateDatabaseAndState([AlterField('item', 'name', models.TextField(null=True))], [])",
+            "values of shop.item.name that do not fit varchar(20) are cut, rounded or refused; "
+            "rows without shop.item.name get its default or are refused",
+        ),
+        ("AlterField('item', 'name', models.CharField(max_length=10))", "no data is lost"),
     ],
 )
 def test_going_back_claims_nothing_of_code_that_it_cannot_judge(shop: World, operation: str, told: str) -> None:
-    shop.migration("0002_data", operation, "0001_initial", more="def forget(apps, editor): pass")
+    more = """
+        def forget(apps, editor): pass
+        class Own(migrations.operations.base.Operation):
+            def state_forwards(self, app_label, state): pass
+            def database_forwards(self, app_label, editor, before, after): pass
+            def database_backwards(self, app_label, editor, before, after): editor.execute("DELETE FROM shop_item")
+    """
+    shop.migration("0002_data", operation, "0001_initial", more)
     shop.run("apply", "core")
     assert shop.run("reversal", "core", "--to", BACK)[0]["pending"][0]["why"] == told
 
@@ -455,3 +572,143 @@ def test_what_the_release_before_uses_is_known_by_table_and_column(shop: World, 
     (entry,) = shop.plan()["pending"]
     assert entry["compatible"] is (not told), entry
     assert told in entry["why"]
+
+
+@pytest.mark.parametrize(
+    ("sql", "told"),
+    [
+        ("INSERT INTO shop_item (name) VALUES (NULL), ('pbkdf2_secret')", 'null value in column "name"'),
+        ("UPDATE shop_item SET name = 'secret (a)\nb'; CREATE UNIQUE INDEX named ON shop_item (name)", "Key (name)=(…) is duplicated"),
+    ],
+)
+def test_no_row_is_told_when_one_is_refused(shop: World, sql: str, told: str) -> None:
+    shop.migration("0002_refused", f"RunSQL({sql!r})", "0001_initial")
+    with shop.session() as session:
+        session.execute("ALTER TABLE shop_item ADD password text DEFAULT 'pbkdf2_secret'")
+    result, err = shop.run("apply", "core", code=1)
+    assert told in result["why"]
+    assert "Failing row" not in result["why"] and "secret" not in json.dumps(result) + err
+    assert "nothing of it stays. 0 of 1" in result["why"]
+
+
+def test_who_holds_a_lock_is_told_without_the_values_in_its_statement(shop: World) -> None:
+    shop.migration("0002_note", NULLABLE, "0001_initial")
+    with shop.session(autocommit=False) as holder:
+        holder.execute("UPDATE shop_item -- it's\nSET name = 'token-abc' WHERE name IN (E'j\\'ane@', $$j'ane@$$, 'unended ja''ne@', 'x')")
+        result, told = shop.run("apply", "core", *QUICK, "--tries", "2", code=1)
+    assert "(idle in transaction: UPDATE shop_item SET name = '…' WHERE name IN ('…', '…', '…', '…'))" in result["why"]
+    assert "token" not in told + result["why"] and "ane@" not in told + result["why"]
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_signals_after_migrations_are_sent_again_or_told(server: Path, template: str, tmp_path: Path, freed: bool) -> None:
+    """Else the content types and permissions of new models are missing for good: the next plan is empty."""
+    world = World(tmp_path, server, f"shop_{next(numbers)}", ("django.contrib.contenttypes", "shop"), template=template)
+    world.migration("0001_initial", ITEM)
+    world.run("apply", "core")
+    world.migration("0002_tag", 'CreateModel("Tag", [("id", models.BigAutoField(primary_key=True))])', "0001_initial")
+    with world.session(autocommit=False) as holder:
+        holder.execute("LOCK django_content_type IN ACCESS EXCLUSIVE MODE")
+        pid = holder.info.backend_pid
+        process = world.start("apply", "core", *QUICK, "--tries", "8" if freed else "2")
+        assert process.stderr is not None
+        lines = [process.stderr.readline() for _ in range(2)]
+        if not freed:
+            process.wait(timeout=30)
+    out, err = process.communicate(timeout=30)
+    assert lines[1].startswith(f"core the signals after migrations waits for a lock held by pid {pid} from this host"), (lines, err)
+    result = json.loads(out)
+    assert [entry["name"] for entry in result["migrations"]] == ["0002_tag"]
+    made = world.rows("SELECT model FROM django_content_type WHERE model = 'tag'")
+    if freed:
+        assert (result["outcome"], made) == ("succeeded", [("tag",)])
+    else:
+        assert (result["outcome"], result["stopped_at"], made) == ("failed", "core: the signals after migrations", [])
+        start = "core: all migrations are done, but not what Django does after them (lock time-out in 2 tries, the lock is held by pid"
+        assert result["why"].startswith(start)
+        assert result["why"].endswith("): type python -m django migrate --database core in the environment of this release")
+
+
+NO_LONGER_UNIQUE = [
+    # what makes it unique, what takes that back, which columns
+    (
+        'AddConstraint("item", models.UniqueConstraint(fields=["name", "id"], name="both"))',
+        'RemoveConstraint("item", "both")',
+        "name, id",
+    ),
+    (
+        'AlterField("item", "name", models.CharField(max_length=20, unique=True))',
+        'AlterField("item", "name", models.CharField(max_length=20))',
+        "name",
+    ),
+    (
+        'AlterUniqueTogether("item", {("name", "id")})',
+        'AlterUniqueTogether("item", set())',
+        "name, id",
+    ),
+]
+
+
+def test_what_is_no_longer_unique_may_be_written_by_that(server: Path, tmp_path: Path) -> None:
+    apps = tuple(f"case{number}" for number in range(len(NO_LONGER_UNIQUE)))
+    world = World(tmp_path, server, f"shop_{next(numbers)}", apps)
+    for app, (unique, _back, _columns) in zip(apps, NO_LONGER_UNIQUE, strict=True):
+        world.migration("0001_initial", f"{ITEM}, {unique}", app=app)
+    world.run("apply", "core")
+    for app, (_unique, back, _columns) in zip(apps, NO_LONGER_UNIQUE, strict=True):
+        world.migration("0002_back", back, "0001_initial", app=app)
+    entries = {entry["app"]: outcome(entry) for entry in world.plan()["pending"]}
+    why = "the release before may write with ON CONFLICT on {} of {}_item, which are no longer unique"
+    assert entries == {
+        app: (True, None, why.format(columns, app)) for app, (_unique, _back, columns) in zip(apps, NO_LONGER_UNIQUE, strict=True)
+    }
+
+
+LOCKING = [
+    'ALTER TABLE "shop_line" DROP COLUMN "item_id" CASCADE',
+    "ALTER TABLE shop_line\n  DROP CONSTRAINT IF EXISTS to_item",
+    "ALTER TABLE shop_line DROP item_id, ADD y int",
+    "ALTER TABLE shop_line DROP CONSTRAINT few",
+    "ALTER TABLE shop_item DROP COLUMN id CASCADE",
+    "ALTER TABLE\n  shop_item ADD x int",
+    "ALTER TABLE shop_item ALTER name DROP NOT NULL",
+    "DROP TRIGGER IF EXISTS a ON shop_item",
+    "CREATE TABLE y (id bigint, item bigint REFERENCES shop_item)",
+    "CREATE TABLE y (id bigint, item bigint, FOREIGN KEY (item)\nREFERENCES  shop_item (id))",
+    "DROP TABLE shop_line",
+    "DROP TABLE shop_item CASCADE",
+    "DROP  INDEX lines",
+    "CREATE UNIQUE  INDEX x ON shop_item (name)",
+]
+
+
+def test_locks_are_those_that_postgresql_takes(shop: World) -> None:
+    with shop.session() as session:
+        session.execute(
+            "CREATE TABLE shop_line (item_id bigint CONSTRAINT to_item REFERENCES shop_item, x int CONSTRAINT few CHECK (x < 9));"
+            "CREATE INDEX lines ON shop_line (item_id);"
+            "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';"
+            "CREATE TRIGGER a BEFORE INSERT ON shop_item FOR EACH ROW EXECUTE FUNCTION f()"
+        )
+    before = "0001_initial"
+    for number, sql in enumerate(LOCKING):
+        shop.migration(f"1{number:03}_lock", f"RunSQL({sql!r})", before)
+        before = f"1{number:03}_lock"
+    order = ("ShareUpdateExclusiveLock", "ShareLock", "ShareRowExclusiveLock", "AccessExclusiveLock")  # from weak to strong, without reads
+    with shop.session(autocommit=False) as session:
+        for sql, entry in zip(LOCKING, shop.plan()["pending"], strict=True):
+            names = dict(session.execute("SELECT oid, relname FROM pg_class WHERE relname IN ('shop_item', 'shop_line')").fetchall())
+            session.execute(sql)
+            held = session.execute("SELECT relation, mode FROM pg_locks WHERE pid = pg_backend_pid()").fetchall()
+            session.rollback()
+            taken = {names[table]: mode for strength in order for table, mode in held if table in names and mode == strength}
+            told = {each["name"]: each["lock"].title().replace(" ", "") + "Lock" for each in entry["tables"]}
+            assert told == taken, sql
+
+
+def test_a_long_statement_is_planned_and_run(shop: World) -> None:
+    shop.migration(
+        "0002_rows", "RunSQL([(SQL, None)])", "0001_initial", "SQL = 'INSERT INTO shop_item (name) VALUES ' + '(1),' * 5000 + '(2)'"
+    )
+    assert shop.plan()["pending"][0]["tables"] == [{"name": "shop_item", "lock": "ROW EXCLUSIVE", "rows": 1000}]
+    assert shop.run("apply", "core")[0]["outcome"] == "succeeded"
