@@ -503,10 +503,19 @@ def _way_back(state: Mapping[str, Any], ahead: Sequence[Mapping[str, Any]]) -> t
                 last[database, app] = name
                 continue
             heads = state.get("heads", {}).get(database, {}).get(app, ["zero"])
-            to.setdefault(database, {})[app] = last.get((database, app), heads[0])
+            left = _applied_before(state, database, each["migration"])
+            to.setdefault(database, {})[app] = left[-1] if left else last.get((database, app), heads[0])
         if each["reversible"] is False:
             stuck.append(each)
     return to, stuck
+
+
+def _applied_before(state: Mapping[str, Any], database: str, migration: str) -> list[str]:
+    """The migrations of the same app that were applied before this one: they stay, also those that the target does not know."""
+    applied = list(state.get("applied", {}).get(database, []))
+    before = applied[: applied.index(migration)] if migration in applied else []
+    app = migration.split(".", 1)[0]
+    return [name for own, name in (each.split(".", 1) for each in before) if own == app]
 
 
 def _rehearsal(

@@ -296,6 +296,17 @@ def test_so_is_what_the_target_has_run_with() -> None:
     assert m.rollback_verdict(gone, [old, ran, again], "1.0-a", True)["verdict"] == "approval"
 
 
+def test_what_the_target_has_run_with_is_not_reversed_with_what_it_cannot_bear() -> None:
+    """A column was added, the code went back and the column stayed; the next release dropped it."""
+    entries = [
+        *(applied(1, "1.5-x", "0002"), ledger("rollback", 2, release="1.0-a", outcome="succeeded")),
+        applied(3, "2.0-b", "0003", compatible=False),
+    ]
+    known = {**state("shop.0002", "shop.0003"), "applied": {"core": ["shop.0001_initial", "news.0001", "shop.0002", "shop.0003"]}}
+    verdict = m.rollback_verdict(known, entries, "1.0-a", True)
+    assert (verdict["verdict"], verdict["to"]) == ("approval", {"core": {"shop": "0002"}})
+
+
 def test_a_run_that_was_cut_off_leaves_what_it_may_have_applied() -> None:
     """The database says whether it is there, and the ledger what it means."""
     plan = complete(raw(entry("0002_note", compatible=True), entry("0003_x", compatible=False)))
