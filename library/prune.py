@@ -18,9 +18,13 @@ options:
     description: Folder of the releases of the application. The one that runs is never removed.
     type: path
   releases_kept:
-    description: How many of the newest releases stay.
+    description: How many of the newest releases or archives stay; without it all of them.
     type: int
-    default: 5
+  releases_protected:
+    description: Names of releases that stay however old they are, because a rollback would go back to them.
+    type: list
+    elements: str
+    default: []
   archives:
     description: Folder of release archives, on the controller.
     type: path
@@ -129,17 +133,19 @@ def files(folder: Path, *patterns: str) -> list[Path]:
     return sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
 
 
-def look_releases(folder: Path, keep: int) -> Finding:
+def look_releases(folder: Path, keep: int | None, protected: set[str]) -> Finding:
     """Releases, and what interrupted runs left beside them."""
     there = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    goes = superfluous(folder, keep, set())
-    return Finding("releases", there, goes, [path.name for path in goes], f" (the newest {keep} stay, and the one that runs)")
+    goes = superfluous(folder, len(there) if keep is None else keep, protected)
+    stay = " (all stay)" if keep is None else f" (the newest {keep} stay, the one that runs, and the one before it)"
+    return Finding("releases", there, goes, [path.name for path in goes], stay)
 
 
-def look_archives(folder: Path, keep: int, protected: set[str]) -> Finding:
+def look_archives(folder: Path, keep: int | None, protected: set[str]) -> Finding:
     """Archives of releases on the controller."""
     archives = sorted(files(folder, "*.tar"), key=lambda path: path.stat().st_mtime, reverse=True)
-    goes = [path for path in archives[keep:] if path.name.removesuffix(".tar") not in protected]
+    old = [] if keep is None else archives[keep:]
+    goes = [path for path in old if path.name.removesuffix(".tar") not in protected]
     return Finding("archives", archives, goes, [path.name for path in goes], f" (the newest {keep} stay, and those of releases on hosts)")
 
 
@@ -191,7 +197,7 @@ def findings(params: dict[str, Any]) -> list[Finding]:
     """Look at all that was asked for."""
     found = []
     if params["releases"]:
-        found.append(look_releases(Path(params["releases"]), params["releases_kept"]))
+        found.append(look_releases(Path(params["releases"]), params["releases_kept"], set(params["releases_protected"])))
     if params["archives"]:
         return [look_archives(Path(params["archives"]), params["releases_kept"], set(params["archives_protected"]))]
     if params["journal_max_mb"] is not None:
@@ -217,7 +223,8 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "releases": {"type": "path"},
-            "releases_kept": {"type": "int", "default": 5},
+            "releases_kept": {"type": "int"},
+            "releases_protected": {**words, "default": []},
             "archives": {"type": "path"},
             "archives_protected": {**words, "default": []},
             "journal_max_mb": {"type": "int"},

@@ -75,7 +75,7 @@ def everything(folder: Path) -> set[str]:
 
 
 def test_a_dry_run_removes_nothing_and_the_run_exactly_what_it_said(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {"releases": str(host / "shop/releases"), "journal_max_mb": 2, "packages": True}
+    asked = {"releases": str(host / "shop/releases"), "releases_kept": 5, "journal_max_mb": 2, "packages": True}
     before = everything(host)
     told = run(monkeypatch, check_mode=True, **asked)
     assert everything(host) == before
@@ -97,6 +97,13 @@ def test_the_release_that_runs_stays_however_old_it_is(host: Path, monkeypatch: 
     result = run(monkeypatch, releases=str(host / "shop/releases"), releases_kept=1)
     assert result["releases"] == ["1.0", "1.6"]
     assert (host / "shop/current/wheel").exists()
+
+
+def test_the_release_to_go_back_to_stays_however_old_it_is(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(monkeypatch, releases=str(host / "shop/releases"), releases_kept=1, releases_protected=["1.2"])
+    assert result["releases"] == ["1.0", "1.2", "1.6"]
+    all_of_them = run(monkeypatch, releases=str(host / "shop/releases"))
+    assert (all_of_them["releases"], all_of_them["lines"][0].split("; ")[1]) == (result["releases"], "removed nothing")
 
 
 def test_archives_of_releases_that_hosts_carry_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
