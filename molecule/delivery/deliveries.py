@@ -55,6 +55,7 @@ def report(load: Load, seconds: dict[str, list[float]], lasted: float, outcome: 
         "requests": len(times),
         "requests_per_second": len(times) / lasted,
         "requests_failed": len(load.failures()),
+        "asked_again": len(load.browsing.asked_again),
         "failures": sorted(set(load.failures())),
         "p50_seconds": statistics.median(times),
         "p99_seconds": statistics.quantiles(times, n=100)[98],
@@ -96,7 +97,7 @@ def main() -> int:
                         path.write_text(json.dumps(found, indent=2) + "\n")
                         took = f"{kind} {number} of {chosen.times}: {seconds[kind][-1]:.0f} s"
                         asked = f"{found['requests']} requests ({found['requests_per_second']:.0f}/s), {found['requests_failed']} failed"
-                        longest = f"longest {found['longest_seconds']:.1f} s"
+                        longest = f"{found['asked_again']} asked again, longest {found['longest_seconds']:.1f} s"
                         print(f"{took}; so far {asked}, {longest}; {len(load.jobs.accepted())} jobs accepted", flush=True)
                 lasted = time.monotonic() - began
                 outcome = load.over()

@@ -10,8 +10,8 @@ from statistics import median
 from typing import Any
 
 COLUMNS = (
-    "platform", "deploys", "rollbacks", "deploy s", "rollback s", "requests", "a second", "failed", "p50 s", "p99 s", "longest s",
-    "jobs accepted", "done", "lost",
+    "platform", "deploys", "rollbacks", "deploy s", "rollback s", "requests", "a second", "failed", "asked again", "p50 s", "p99 s",
+    "longest s", "jobs accepted", "done", "lost",
 )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def row(result: Mapping[str, Any]) -> list[str]:
     return [
         f"{result['inventory']}, {hosts} host{'' if hosts == 1 else 's'}",
         *(str(len(each)) for each in seconds), *(f"{median(each):.0f} / {max(each):.0f}" for each in seconds),
-        f"{result['requests']:,}", f"{result['requests_per_second']:.0f}", str(result["requests_failed"]),
+        f"{result['requests']:,}", f"{result['requests_per_second']:.0f}", str(result["requests_failed"]), str(result["asked_again"]),
         f"{result['p50_seconds']:.2f}", f"{result['p99_seconds']:.1f}", f"{result['longest_seconds']:.1f}",
         str(jobs["accepted"]), str(jobs["done"]), str(len(jobs["lost"])),
     ]  # fmt: skip
@@ -52,8 +52,9 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         *(line(row(result)) for result in results),
         "",
         "- *deploy s*, *rollback s*: the whole playbook, median / worst.",
-        "- *failed*: any answer but 200, or none within 30 s. *jobs lost*: accepted (2xx), and neither done nor failed with a reason at "
-        "the end.",
+        "- *failed*: any answer but 200, or none within 30 s. *asked again*: as browsers do by themselves, when a kept connection was "
+        "closed as they used it; a proxy that is reloaded to drain a host closes the idle ones. *jobs lost*: accepted (2xx), and neither "
+        "done nor failed with a reason at the end.",
         "",
     ])  # fmt: skip
 

@@ -28,6 +28,8 @@ class Browsing:
         self.platform, self.username, self.password = platform, username, password
         self.period_seconds = 1 / per_second
         self.requests: list[Request] = []
+        #: when a page was asked for once more
+        self.asked_again: list[float] = []
         self._person, self._stranger = self._session(), self._session()
         self._stranger.headers["Connection"] = "close"
         self._signing_in = threading.Lock()
@@ -74,8 +76,7 @@ class Browsing:
     def _look(self, page: str, signed_in: bool) -> None:
         began = time.monotonic()
         try:
-            session = self._person if signed_in else self._stranger
-            answer = session.get(self.platform.url + page, timeout=PATIENCE_SECONDS, allow_redirects=False)
+            answer = self._get(self.platform.url + page, self._person if signed_in else self._stranger)
             why = "" if answer.status_code == 200 else str(answer.status_code)
             if signed_in and answer.status_code == 302:
                 why = "session lost"
@@ -84,6 +85,18 @@ class Browsing:
         self.requests.append(Request(began, time.monotonic() - began, f"{page} {why}" if why else ""))
         if why == "session lost":
             self.sign_in()
+
+
+    def _get(self, url: str, session: requests.Session) -> requests.Response:
+        """As browsers do, once more when a kept connection was closed instead of an answer: a proxy that is reloaded closes those
+        that are idle, and a request may be on its way (RFC 9112, 9.5)."""
+        try:
+            return session.get(url, timeout=PATIENCE_SECONDS, allow_redirects=False)
+        except requests.ConnectionError as error:
+            if session is self._stranger or reason(error) not in ("connection closed", "connection reset"):
+                raise
+        self.asked_again.append(time.monotonic())
+        return session.get(url, timeout=PATIENCE_SECONDS, allow_redirects=False)
 
 
 def reason(error: requests.RequestException) -> str:

@@ -81,7 +81,7 @@ def start_play(tmp_path: Path) -> Callable[[], subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def without_two_variables(host: testinfra.host.Host, start_play: Callable[[], subprocess.CompletedProcess[str]]) -> Iterator[None]:
-    """The secrets without those that the steps 10-web and 30-demo-user need; put back afterwards."""
+    """The secrets without those that the steps 10-web and 20-demo need; put back afterwards."""
     file = "/etc/drydock/secrets.env"
     host.check_output(f"cp -p {file} /root/secrets.env && sed -i /^DRYDOCK_DEMO_PASSWORD=/d {file}")
     try:
@@ -97,7 +97,7 @@ def test_s1_s2_a_step_without_its_variable_stops_the_start_with_one_line(
 ) -> None:
     run = start_play()
     sentence = (
-        "drydock web: step 30-demo-user: variable DRYDOCK_DEMO_PASSWORD is not set: "
+        "drydock web: step 20-demo: variable DRYDOCK_DEMO_PASSWORD is not set: "
         "it is the demo user's password; set app.secrets.DRYDOCK_DEMO_PASSWORD"
     )
     assert run.returncode != 0
@@ -109,7 +109,7 @@ def test_s1_s2_a_step_without_its_variable_stops_the_start_with_one_line(
 
     assert "Started drydock-web.service" not in "".join(starts), "the process itself was not started"
     ran = steps_of_a_failed_start(host, "drydock-web")
-    assert ran == [("10-web", "0"), ("20-bucket", "0"), ("30-demo-user", "1")], "40 and 50 come after it"
+    assert ran == [("10-web", "0"), ("20-demo", "1")]
 
     # the dry run tells all that is missing, not only the first
     host.check_output("sed -i /^DRYDOCK_SECRET_KEY=/d /etc/drydock/secrets.env")
