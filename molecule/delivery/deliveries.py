@@ -69,7 +69,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bin/deliveries", description=__doc__)
     parser.add_argument("inventory", type=Path, help="of a platform on lab hosts that runs")
     parser.add_argument("--times", type=int, default=20, help="deploys, and as many rollbacks (%(default)s)")
-    parser.add_argument("--requests", type=float, default=55, help="pages a second (%(default)s)")
+    parser.add_argument("--requests", type=float, default=52, help="pages a second (%(default)s)")
     parser.add_argument("--jobs", type=float, default=6, help="documents and exports a minute (%(default)s)")
     chosen = parser.parse_args()
     inventory = chosen.inventory.resolve()

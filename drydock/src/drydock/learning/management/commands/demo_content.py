@@ -12,7 +12,7 @@ class Command(BaseCommand):
     """Create or correct the demo's units and accounts; a second run changes nothing."""
 
     help = (
-        "Create or correct the demo's units, and accounts of people who try them. Prints `changed …` or `unchanged …`."
+        "Create or correct the demo's units, and accounts for who tries them. Prints `changed …` or `unchanged …`."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
