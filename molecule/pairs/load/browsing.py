@@ -86,7 +86,6 @@ class Browsing:
         if why == "session lost":
             self.sign_in()
 
-
     def _get(self, url: str, session: requests.Session) -> requests.Response:
         """As browsers do, once more when a kept connection was closed instead of an answer: a proxy that is reloaded closes those
         that are idle, and a request may be on its way (RFC 9112, 9.5)."""

@@ -11,9 +11,7 @@ from drydock.learning import content
 class Command(BaseCommand):
     """Create or correct the demo's units and accounts; a second run changes nothing."""
 
-    help = (
-        "Create or correct the demo's units, and accounts for who tries them. Prints `changed …` or `unchanged …`."
-    )
+    help = "Create or correct the demo's units, and accounts for who tries them. Prints `changed …` or `unchanged …`."
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Describe the arguments."""
