@@ -726,13 +726,11 @@ def test_the_course_has_no_circle() -> None:
 
 
 def test_the_demos_people_are_made_with_its_course_and_not_twice(servers: Servers) -> None:
-    name = f"person-{uuid.uuid4().hex[:8]}"
-    people = ["--learner", name, "ONE", "--reviewer", f"{name}-too", "TWO"]
-    passwords = {"ONE": "a-long-password", "TWO": "another-long-password"}
-    first = servers.drydock("demo_content", *people, **passwords)
-    made = f"changed {name}: created, password\nchanged {name}-too: created, password, staff\nunchanged 5 units\n"
+    passwords = {"DRYDOCK_DEMO_PASSWORD": "a-long-password", "DRYDOCK_REVIEWER_PASSWORD": "another-long-password"}
+    first = servers.drydock("demo_content", **passwords)
+    made = "changed demo: created, password\nchanged reviewer: created, password, staff\nunchanged 5 units\n"
     assert first.stdout == made, first.stderr
-    again = servers.drydock("demo_content", *people, **passwords)
-    assert again.stdout == f"unchanged {name}\nunchanged {name}-too\nunchanged 5 units\n"
-    missing = servers.drydock("demo_content", *people, ONE="a-long-password")
-    assert (missing.returncode, "TWO is not set" in missing.stderr) == (1, True)
+    assert (
+        servers.drydock("demo_content", **passwords).stdout == "unchanged demo\nunchanged reviewer\nunchanged 5 units\n"
+    )
+    assert servers.drydock("demo_content").stdout == "unchanged 5 units\n"
