@@ -130,6 +130,12 @@ def test_up_is_idempotent_and_hosts_are_real(lab: Lab) -> None:
     assert lab.ssh(second, "systemctl is-active systemd-journald").strip() == "active"
 
 
+def test_hosts_bring_no_addresses_to_this_machine(lab: Lab) -> None:
+    links = json.loads(subprocess.run(["ip", "-json", "-6", "address"], capture_output=True, text=True, check=True).stdout)
+    ours = lab.bridge[:8]  # of which the names of the hosts' links begin with as much as fits
+    assert [link["ifname"] for link in links if ours in link["ifname"] and link["addr_info"]] == []
+
+
 def test_reboot_and_power_cut(lab: Lab) -> None:
     lab.up()
     host = next(iter(lab.hosts))

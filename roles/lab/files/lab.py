@@ -57,7 +57,13 @@ FAULTS = {
     "drop": "lose what comes from other hosts",
     "heal": "lose nothing any more",
 }
-SYSCTLS = {"net.ipv4.ip_forward": 1, "fs.inotify.max_user_instances": 1024, "fs.inotify.max_user_watches": 524288}
+SYSCTLS = {
+    "net.ipv4.ip_forward": 1,
+    "fs.inotify.max_user_instances": 1024,
+    "fs.inotify.max_user_watches": 524288,
+    # Links of lab hosts get no IPv6 address by themselves: at each a browser on this machine would break off what it loads (ERR_NETWORK_CHANGED).
+    "net.ipv6.conf.default.addr_gen_mode": 1,
+}
 
 
 class LabError(Exception):
@@ -378,10 +384,12 @@ def sysctl_path(name: str) -> Path:
 
 
 def raise_sysctls(state: Path) -> None:
-    """Raise the kernel limits that many hosts need, and keep what was there before for the last `down`."""
+    """Raise the kernel's settings to what many hosts need, and keep what was there before for the last `down`."""
     file = state / "labs" / "sysctls.json"
     before = json.loads(file.read_text()) if file.exists() else {}
     for name, wanted in SYSCTLS.items():
+        if not sysctl_path(name).exists():  # a kernel without IPv6
+            continue
         now = int(sysctl_path(name).read_text())
         if now < wanted:
             before.setdefault(name, now)
