@@ -61,7 +61,7 @@ SYSCTLS = {
     "net.ipv4.ip_forward": 1,
     "fs.inotify.max_user_instances": 1024,
     "fs.inotify.max_user_watches": 524288,
-    # Links of lab hosts get no IPv6 address by themselves: at each a browser on this machine would break off what it loads (ERR_NETWORK_CHANGED).
+    # Links of lab hosts get no IPv6 address by themselves: at each one, browsers on this machine break off what they load.
     "net.ipv6.conf.default.addr_gen_mode": 1,
 }
 
