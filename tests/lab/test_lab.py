@@ -131,9 +131,11 @@ def test_up_is_idempotent_and_hosts_are_real(lab: Lab) -> None:
 
 
 def test_hosts_bring_no_addresses_to_this_machine(lab: Lab) -> None:
-    links = json.loads(subprocess.run(["ip", "-json", "-6", "address"], capture_output=True, text=True, check=True).stdout)
-    ours = lab.bridge[:8]  # of which the names of the hosts' links begin with as much as fits
-    assert [link["ifname"] for link in links if ours in link["ifname"] and link["addr_info"]] == []
+    lab.up()
+    ours = lab.bridge()[:8]  # of which the names of the hosts' links begin with as much as fits
+    links = [link for link in json.loads(run("ip", "-json", "-6", "address")) if ours in link["ifname"]]
+    assert [link["ifname"] for link in links if link["addr_info"]] == []
+    assert len([link for link in json.loads(run("ip", "-json", "link")) if ours in link["ifname"]]) == 3, "a bridge and two hosts"
 
 
 def test_reboot_and_power_cut(lab: Lab) -> None:
