@@ -57,13 +57,9 @@ FAULTS = {
     "drop": "lose what comes from other hosts",
     "heal": "lose nothing any more",
 }
-SYSCTLS = {
-    "net.ipv4.ip_forward": 1,
-    "fs.inotify.max_user_instances": 1024,
-    "fs.inotify.max_user_watches": 524288,
-    # Links of lab hosts get no IPv6 address by themselves: at each one, browsers on this machine break off what they load.
-    "net.ipv6.conf.default.addr_gen_mode": 1,
-}
+SYSCTLS = {"net.ipv4.ip_forward": 1, "fs.inotify.max_user_instances": 1024, "fs.inotify.max_user_watches": 524288}
+# Links of lab hosts get no IPv6 address by themselves (1): at each one, browsers on this machine break off what they load.
+ADDRESS_MODE = "net.ipv6.conf.default.addr_gen_mode"
 
 
 class LabError(Exception):
@@ -387,11 +383,10 @@ def raise_sysctls(state: Path) -> None:
     """Raise the kernel's settings to what many hosts need, and keep what was there before for the last `down`."""
     file = state / "labs" / "sysctls.json"
     before = json.loads(file.read_text()) if file.exists() else {}
-    for name, wanted in SYSCTLS.items():
-        if not sysctl_path(name).exists():  # a kernel without IPv6
-            continue
+    modes = {ADDRESS_MODE: 1} if sysctl_path(ADDRESS_MODE).exists() else {}  # not in a kernel without IPv6
+    for name, wanted in (SYSCTLS | modes).items():
         now = int(sysctl_path(name).read_text())
-        if now < wanted:
+        if now < wanted or (name in modes and now != wanted):
             before.setdefault(name, now)
             write(file, json.dumps(before))
             sysctl_path(name).write_text(str(wanted))
